@@ -1,0 +1,1 @@
+"""Where images come from, one file a source, and the writer that turns a source into shards."""

@@ -1,0 +1,349 @@
+"""Deconvnet projections of the top-9 cells, beside the patches that caused them (ZFNet section 2.1, figure 2).
+
+A row for each row of `top9`: the projection down to input pixels, cut to the image; the patch, which is the
+receptive field's crop of the network's own input; and its box in the original image's pixels. Each image is run
+forward once for all its cells, and every activation must come back as it was recorded.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+import torch
+from PIL import Image
+
+from pipeline import tables
+from pipeline.analysis import Analysis, Plan
+from pipeline.context import Batch, Context, Picture
+from pipeline.runs import RunError
+from pipeline.storage import Location
+from zfnet import deconv
+from zfnet.deconv import Cells, Projections, Semantics
+from zfnet.receptive import receptive_field
+
+ASK_ABOVE_BYTES = 2 * 10**9
+AGREES_WITHIN = 1e-5
+"""Of the layer's largest activation: how well an activation must come back (DESIGN section 4)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """What decides the content of deconv."""
+
+    layers: tuple[str, ...] = ()
+    """Layers to project; default all layers of the top9 table."""
+    top9: str = "top9"
+    """Table whose cells are projected: top9, or top9-NAME."""
+    semantics: Semantics = field(default_factory=Semantics)
+    """Which of the published deconvnets; the defaults are the paper's."""
+    values: Literal["float32", "float16", "png"] | None = None
+    """How projections are stored; png: 8 bit with a scale. Default float32 while that is below 2 GB."""
+    part_size: int = 64
+    """Images of a part, the unit of work and of resume."""
+    batch_size: int = 16
+    """Images that go through the network together."""
+
+    def __post_init__(self) -> None:
+        for name in ("part_size", "batch_size"):
+            if getattr(self, name) < 1:
+                raise RunError(f"--{name.replace('_', '-')} is {getattr(self, name)}: give at least 1")
+
+
+SEMANTICS_COLUMNS = [
+    tables.column("seed", pa.string(), "What is fed in at the cell: its activation, or one."),
+    tables.column("unpool", pa.string(), "What happens where overlapping pooling windows share a switch."),
+    tables.column("normalisation", pa.string(), "Contrast normalisation on the way down: identity or gradient."),
+    tables.column("relu", pa.string(), "Which rectification is applied on the way down."),
+]
+
+_VALUES: dict[str, pa.DataType] = {
+    "float32": pa.list_(pa.float32()),
+    "float16": pa.list_(pa.float16()),
+    "png": pa.binary(),
+}
+_TOP9_COLUMNS = [
+    tables.LAYER,
+    tables.FEATURE_MAP,
+    tables.RANK,
+    tables.ACTIVATION,
+    tables.KEY,
+    tables.SHARD,
+    tables.LABEL,
+    tables.LABEL_NAME,
+    tables.ROW,
+    tables.COL,
+    tables.TOP,
+    tables.LEFT,
+    tables.HEIGHT,
+    tables.WIDTH,
+]
+
+
+def projection_columns(values: str) -> list[pa.Field]:
+    """The columns that hold one projection, cut to the image."""
+    how = {
+        "png": "RGB PNG of 8 bits: value = (pixel - 128) / 127 * projection_scale",
+        "float32": "height x width x RGB, row-major",
+        "float16": "height x width x RGB, row-major, rounded to 16 bits",
+    }[values]
+    return [
+        tables.column("projection", _VALUES[values], f"Projection in input pixels, cut to the image: {how}."),
+        tables.column("projection_height", pa.int32(), "Height of the projection in pixels."),
+        tables.column("projection_width", pa.int32(), "Width of the projection in pixels."),
+        tables.column("projection_scale", pa.float32(), "Largest absolute value of the projection."),
+    ]
+
+
+def schema(config: Config) -> pa.Schema:
+    """Columns of the table."""
+    return pa.schema(
+        [
+            tables.MODEL_ID,
+            tables.DATA_ID,
+            *_TOP9_COLUMNS,
+            *projection_columns(config.values or "float32"),
+            tables.column("patch_png", pa.binary(), "PNG of the input pixels under the projection, RGB."),
+            tables.column("box_top", pa.float32(), "First row of the patch in the original image's pixels."),
+            tables.column("box_left", pa.float32(), "First column of the patch in the original image's pixels."),
+            tables.column("box_height", pa.float32(), "Height of the patch in the original image's pixels."),
+            tables.column("box_width", pa.float32(), "Width of the patch in the original image's pixels."),
+            *SEMANTICS_COLUMNS,
+        ]
+    )
+
+
+def resolve(context: Context) -> Config:
+    """Float32 where the forecast allows it. Raises: RunError where the size makes the choice the user's."""
+    config: Config = context.config
+    if config.values is not None:
+        return config
+    forecast = sum(entry["rows"] * _bytes_of(context, layer) for layer, entry in _finished(context).items())
+    if forecast >= ASK_ABOVE_BYTES:
+        raise RunError(
+            f"the projections would take {forecast / 1e9:.1f} GB as float32: choose with --values float32, float16 "
+            f"({forecast / 2e9:.1f} GB) or png (about {forecast / 8e9:.1f} GB), or name fewer --layers"
+        )
+    return replace(config, values="float32")
+
+
+def _bytes_of(context: Context, layer: str) -> int:
+    """Bytes of a projection as float32."""
+    field_ = receptive_field(context.graph, layer)
+    _, _, height, width = field_.box(0, 0)
+    size = context.model.preprocessing.crop_px
+    return 12 * min(int(height), size) * min(int(width), size)
+
+
+def _finished(context: Context) -> dict[str, Any]:
+    """The top9 slices to project. Raises: RunError where they are missing, or of another model or images."""
+    found = context.run.manifest(context.config.top9)
+    if not found:
+        raise RunError(f"there is no table {context.config.top9} in {context.run.location}: run jobs/top9.py first")
+    layers = context.config.layers or tuple(found)
+    if unknown := [layer for layer in layers if layer not in found]:
+        raise RunError(f"{context.config.top9} has no layer {', '.join(unknown)}; it has {', '.join(found)}")
+    for layer in layers:
+        made = {name: found[layer]["fingerprint"].get(name) for name in context.identity}
+        if made != context.identity:
+            raise RunError(
+                f"{context.config.top9} was made of {made}, and this run and these shards are {context.identity}: "
+                "give the run and the --data it was made of, or run jobs/top9.py again under another --name"
+            )
+    return {layer: found[layer] for layer in layers}
+
+
+def plan(context: Context) -> Plan:
+    """The images that hold a cell of the top9 table; a slice for each layer."""
+    layers = list(_finished(context))
+    keys = pa.chunked_array([_cells(context, [layer])["key"].combine_chunks() for layer in layers]).unique()
+    samples = context.index.split(context.split)
+    return Plan(layers, samples.filter(pc.is_in(samples["key"], keys)))
+
+
+def _cells(context: Context, layers: list[str]) -> pa.Table:
+    folder = context.run.results(context.config.top9)
+    names = [column.name for column in _TOP9_COLUMNS]
+    return pa.concat_tables([tables.read(folder / f"{layer}.parquet", names) for layer in layers])
+
+
+@dataclass(frozen=True)
+class LayerCells:
+    """The cells of a layer that are to be projected."""
+
+    rows: pa.Table
+    of_key: dict[str, npt.NDArray[np.int64]]
+    """Key -> rows that lie in that image."""
+    maximum: float
+
+
+def setup(context: Context, layers: list[str]) -> dict[str, LayerCells]:
+    """Refuse what cannot be projected, then read the cells."""
+    deconv.require_projectable(context.graph, layers)
+    found = {}
+    for layer in layers:
+        rows = _cells(context, [layer])
+        of_key = rows.select(["key"]).to_pandas().groupby("key").indices
+        found[layer] = LayerCells(rows, of_key, pc.max(rows["activation"]).as_py() or 0.0)
+    return found
+
+
+def map_batch(context: Context, cells: dict[str, LayerCells], batch: Batch) -> pa.Table:
+    """The rows of all cells that lie in these images."""
+    record = deconv.record(context.graph, batch.x, list(cells), context.config.semantics)
+    pieces = []
+    for layer, layer_cells in cells.items():
+        image, chosen = _chosen(layer_cells, batch.pictures)
+        if not len(chosen):
+            continue
+        rows = layer_cells.rows.take(pa.array(chosen))
+        where = Cells(*(torch.as_tensor(a.astype(np.int64), device=batch.x.device) for a in _places(image, rows)))
+        _require_same(context, record.activation(layer), where, rows, layer_cells.maximum)
+        projections = deconv.project(record, layer, where)
+        pieces.append(_rows(context, rows, [batch.pictures[i] for i in image], projections))
+    return pa.concat_tables(pieces) if pieces else schema(context.config).empty_table()
+
+
+def _chosen(cells: LayerCells, pictures: list[Picture]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Image of the batch and row of the layer's cells, for all cells in these pictures."""
+    nothing = np.array([], dtype=np.int64)
+    rows = [cells.of_key.get(picture.sample.key, nothing) for picture in pictures]
+    image = np.repeat(np.arange(len(pictures)), [len(r) for r in rows])
+    return image, np.concatenate(rows)
+
+
+def _places(image: npt.NDArray[np.int64], rows: pa.Table) -> list[npt.NDArray[np.int64]]:
+    return [image, *(rows[name].to_numpy() for name in ("feature_map", "row", "col"))]
+
+
+def _require_same(context: Context, activation: torch.Tensor, where: Cells, rows: pa.Table, maximum: float) -> None:
+    """What the sweep recorded must come back: a cheap check of the whole way from shard to cell."""
+    maps = activation if activation.dim() == 4 else activation[:, :, None, None]
+    again = maps[where.image, where.feature_map, where.row, where.col].cpu().numpy()
+    recorded = rows["activation"].to_numpy()
+    worst = int(np.argmax(np.abs(again - recorded)))
+    if abs(float(again[worst] - recorded[worst])) > AGREES_WITHIN * maximum:
+        cell = rows.slice(worst, 1).to_pylist()[0]
+        raise RunError(
+            f"the cell {cell['layer']} map {cell['feature_map']} ({cell['row']}, {cell['col']}) of {cell['key']!r} is "
+            f"{again[worst]:.8g} and {context.config.top9} says {recorded[worst]:.8g}: the shards were changed since "
+            "that table was made; bring them back or make it again under another --name"
+        )
+
+
+def _rows(context: Context, rows: pa.Table, pictures: list[Picture], projections: Projections) -> pa.Table:
+    """The table's rows: one for each projection."""
+    config: Config = context.config
+    cut = [cut_to_image(context, p, t, le) for p, t, le in zip(*_on_cpu(projections), strict=True)]
+    boxes = [picture.crop.to_original(*box) for picture, (_, box) in zip(pictures, cut, strict=True)]
+    columns: dict[str, Any] = {
+        **{name: [value] * rows.num_rows for name, value in context.identity.items()},
+        **{name: rows[name] for name in rows.column_names},
+        **stored([pixels for pixels, _ in cut], config.values or "float32"),
+        "patch_png": [patch_png(picture, box) for picture, (_, box) in zip(pictures, cut, strict=True)],
+        **{f"box_{side}": [box[i] for box in boxes] for i, side in enumerate(("top", "left", "height", "width"))},
+        **semantics_columns(config.semantics, rows.num_rows),
+    }
+    return tables.conform(columns, schema(config))
+
+
+def _on_cpu(projections: Projections) -> tuple[npt.NDArray[np.float32], list[int], list[int]]:
+    return projections.pixels.cpu().numpy(), projections.top.tolist(), projections.left.tolist()
+
+
+def semantics_columns(semantics: Semantics, rows: int) -> dict[str, list[str]]:
+    """The projection's semantics, for every row."""
+    return {option.name: [getattr(semantics, option.name)] * rows for option in fields(semantics)}
+
+
+def cut_to_image(
+    context: Context, window: npt.NDArray[np.float32], top: int, left: int
+) -> tuple[npt.NDArray[np.float32], tuple[int, int, int, int]]:
+    """A projection [3, h, w] as [height, width, RGB], cut to the image, and its box in input pixels."""
+    size = context.model.preprocessing.crop_px
+    first_row, first_col = max(top, 0), max(left, 0)
+    last_row, last_col = min(top + window.shape[1], size), min(left + window.shape[2], size)
+    pixels = window[:, first_row - top : last_row - top, first_col - left : last_col - left].transpose(1, 2, 0)
+    if context.model.preprocessing.channels == "BGR":
+        pixels = pixels[:, :, ::-1]
+    return np.ascontiguousarray(pixels), (first_row, first_col, last_row - first_row, last_col - first_col)
+
+
+def patch_png(picture: Picture, box: tuple[int, int, int, int]) -> bytes:
+    """The input pixels under a box, as PNG."""
+    top, left, height, width = box
+    return png(picture.pixels[top : top + height, left : left + width])
+
+
+def png(pixels: npt.NDArray[np.uint8]) -> bytes:
+    """PNG of [height, width, 3] RGB."""
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+def stored(projections: list[npt.NDArray[np.float32]], values: str) -> dict[str, Any]:
+    """The columns of `projection_columns` for these projections [height, width, 3]."""
+    scales = [float(np.abs(pixels).max(initial=0.0)) for pixels in projections]
+    if values == "png":
+        column: Any = [_eight_bit(pixels, scale) for pixels, scale in zip(projections, scales, strict=True)]
+    else:
+        kind = _VALUES[values].value_type
+        dtype = np.float16 if values == "float16" else np.float32
+        column = tables.flat_lists([pixels.astype(dtype) for pixels in projections], kind)
+    return {
+        "projection": column,
+        "projection_height": [pixels.shape[0] for pixels in projections],
+        "projection_width": [pixels.shape[1] for pixels in projections],
+        "projection_scale": scales,
+    }
+
+
+def _eight_bit(pixels: npt.NDArray[np.float32], scale: float) -> bytes:
+    return png(np.rint(128 + 127 * pixels / (scale or 1.0)).astype(np.uint8))
+
+
+def reduce_part(context: Context, results: list[pa.Table]) -> pa.Table:
+    """All rows of a part, so sorted that the fold can read a range of feature maps."""
+    table = pa.concat_tables([schema(context.config).empty_table(), *results])
+    order = [("layer", "ascending"), ("feature_map", "ascending"), ("rank", "ascending")]
+    return table.take(pc.sort_indices(table.select(["layer", "feature_map", "rank"]), sort_keys=order))
+
+
+def fold(
+    context: Context, parts: list[Location], layers: list[str]
+) -> Iterator[tuple[str, str, pa.Schema, Iterator[pa.Table]]]:
+    """A file for each layer, sorted by feature map and rank."""
+    for layer in layers:
+        yield "deconv", layer, schema(context.config), _in_order(context, parts, layer)
+
+
+def _in_order(context: Context, parts: list[Location], layer: str) -> Iterator[pa.Table]:
+    """The layer's rows in order, as many feature maps at a time as fill a row group: memory stays bounded."""
+    maps = context.graph[context.graph.activation_of(layer)].shape[0]
+    ranks = tables.read(context.run.results(context.config.top9) / f"{layer}.parquet", ["rank"])["rank"]
+    together = max(1, tables.ROW_GROUP_BYTES // (_bytes_of(context, layer) * max(1, pc.max(ranks).as_py() or 1)))
+    for first in range(0, maps, together):
+        wanted = [("layer", "=", layer), ("feature_map", ">=", first), ("feature_map", "<", first + together)]
+        rows = pa.concat_tables([tables.read(part, filters=wanted) for part in parts])
+        order = [("feature_map", "ascending"), ("rank", "ascending")]
+        yield rows.take(pc.sort_indices(rows.select(["feature_map", "rank"]), sort_keys=order))
+
+
+ANALYSIS = Analysis(
+    table="deconv",
+    module=__name__,
+    part_schema=schema,
+    resolve=resolve,
+    plan=plan,
+    setup=setup,
+    map_batch=map_batch,
+    reduce_part=reduce_part,
+    fold=fold,
+)

@@ -1,0 +1,139 @@
+"""The seam to Ray: connecting, what a job asks of the cluster, and the only `map_batches` call of the project."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+import ray.data
+
+OBJECT_STORE_BYTES = 512 * 2**20
+"""Of a cluster that a job starts for itself: only account rows pass through it."""
+
+
+class CannotSchedule(ValueError):
+    """The cluster can never give what was asked; the message names both."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workers:
+    """What a job asks of the cluster. It never changes a result."""
+
+    num: int | None = None
+    """Actors; default one for each GPU of the cluster, or where there is none, one for each node."""
+    cpus: int | None = None
+    """CPU cores of an actor; default its share of the smallest node."""
+    gpus: float | None = None
+    """GPUs of an actor, fractions allowed; default 1 where the cluster has GPUs, else 0."""
+
+    def __post_init__(self) -> None:
+        for name, least in (("num", 1), ("cpus", 1), ("gpus", 0)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise CannotSchedule(f"--workers.{name} is {value}: give at least {least}")
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What each of `num` actors gets."""
+
+    num: int
+    cpus: int
+    gpus: float
+
+
+@contextmanager
+def connected(address: str | None) -> Iterator[None]:
+    """A connection to Ray, closed at the end unless it was there before.
+
+    Under `ray job submit`, or with an address, the job joins that cluster; otherwise it starts one of its own. Its
+    own is never the one that some earlier process left behind: `address="local"`.
+    """
+    if ray.is_initialized():
+        yield
+        return
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    try:
+        if address is not None:
+            ray.init(address=address, **quiet)
+        elif os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR"):
+            ray.init(**quiet)
+        else:
+            # Loopback only, no dashboard: a laptop's job opens no port to others.
+            ray.init(
+                address="local",
+                include_dashboard=False,
+                object_store_memory=OBJECT_STORE_BYTES,
+                **quiet,
+            )
+    except ConnectionError as error:
+        raise CannotSchedule(
+            f"no Ray cluster answers at {address!r}: {error}; start one or leave --address out"
+        ) from None
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def nodes() -> list[dict[str, float]]:
+    """The resources of each living node."""
+    return [dict(node["Resources"]) for node in ray.nodes() if node["Alive"]]
+
+
+def resolve(workers: Workers) -> Resources:
+    """What each actor gets on this cluster.
+
+    Raises: CannotSchedule where no node can hold an actor, or all of them never fit at once.
+    """
+    found = nodes()
+    gpus_there = sum(node.get("GPU", 0) for node in found)
+    gpus = workers.gpus if workers.gpus is not None else float(gpus_there > 0)
+    usable = [node for node in found if node.get("CPU", 0) >= 1 and node.get("GPU", 0) >= gpus]
+    if not usable:
+        raise CannotSchedule(f"an actor needs at least 1 CPU and {gpus:g} GPUs; {_describe(found)}")
+    per_node = [max(1, int(node["GPU"] // gpus)) if gpus else 1 for node in usable]
+    cpus = workers.cpus or max(1, int(min(node["CPU"] // n for node, n in zip(usable, per_node, strict=True))))
+    room = sum(
+        int(min(node["CPU"] // cpus, node.get("GPU", 0) // gpus if gpus else node["CPU"] // cpus)) for node in usable
+    )
+    num = workers.num or max(1, min(room, sum(per_node)))
+    if num > room:
+        raise CannotSchedule(
+            f"{num} workers of {cpus} CPUs and {gpus:g} GPUs each were asked for, {room} fit; {_describe(found)}. Ask "
+            "for fewer workers, or fewer CPUs or GPUs for each (--workers.num, --workers.cpus, --workers.gpus)"
+        )
+    return Resources(num, cpus, gpus)
+
+
+def _describe(found: list[dict[str, float]]) -> str:
+    nodes_ = ", ".join(f"{node.get('CPU', 0):g} CPUs and {node.get('GPU', 0):g} GPUs" for node in found)
+    return f"the cluster has {len(found)} nodes: {nodes_}"
+
+
+def map_parts(
+    actor: type, arguments: dict[str, Any], parts: list[dict[str, Any]], resources: Resources
+) -> Iterator[Any]:
+    """Send every part to an actor; yields each row an actor returns, as it comes.
+
+    Ray Data may run a part more than once (actors are restarted for ever): actors must commit idempotently and
+    count their attempts themselves.
+    """
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    dataset = ray.data.from_items(parts, override_num_blocks=len(parts)).map_batches(
+        actor,
+        fn_constructor_kwargs=arguments,
+        batch_size=1,
+        compute=ray.data.ActorPoolStrategy(size=min(resources.num, len(parts))),
+        num_cpus=resources.cpus,
+        num_gpus=resources.gpus or None,
+    )
+    yield from dataset.iter_rows()

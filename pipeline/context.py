@@ -1,0 +1,129 @@
+"""What a job is given: the options of every sweep, the run's model and the shards' index, and decoded batches."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import pyarrow as pa
+from torch import Tensor
+
+from pipeline.cluster import Workers
+from pipeline.runs import Model, Run, RunError
+from pipeline.shards import Index, Sample, Skipped
+from pipeline.sources.default import DEFAULT, shards_or_default
+from zfnet import images
+from zfnet.graph import Graph, trace
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What every sweep takes."""
+
+    run: str = "runs/demo"
+    """Run directory with a trained or imported model: a local path, s3:// or gs://."""
+    data: str = DEFAULT
+    """Folder of the shards; the default is drawn if it is missing."""
+    index: str | None = None
+    """Folder of the shards' index, where it is not in the folder of the shards."""
+    split: str = "val"
+    """Split of the shards."""
+    name: str | None = None
+    """Write to results/TABLE-NAME instead of results/TABLE."""
+    address: str | None = None
+    """Ray cluster to join; default the one of `ray job submit`, else an own one."""
+    max_skipped: float = 0.01
+    """Largest share of samples that may be skipped; above it the job ends with exit status 3."""
+    attempts: int = 3
+    """How often a part is started in one call of a job before it is given up."""
+    workers: Workers = field(default_factory=Workers)
+    """What the job asks of the cluster."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.max_skipped <= 1:
+            raise RunError(f"--max-skipped is {self.max_skipped}: give a share from 0 to 1")
+        if self.attempts < 1:
+            raise RunError(f"--attempts is {self.attempts}: give at least 1")
+
+
+@dataclass(frozen=True, eq=False)
+class Picture:
+    """A decoded sample: the network's own input pixels and where they come from."""
+
+    sample: Sample
+    number: int
+    """Place of the key in key order, over the whole split: the sample's name in integer form."""
+    pixels: images.Pixels
+    crop: images.Crop
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """Pictures that go through the network together: always the same ones, whatever the workers."""
+
+    pictures: list[Picture]
+    x: Tensor
+    """[N, 3, crop_px, crop_px], normalised, on the device."""
+
+
+@dataclass(frozen=True, eq=False)
+class Context:
+    """What an analysis knows, on the driver and in the actors alike."""
+
+    run: Run
+    model: Model
+    graph: Graph
+    index: Index
+    split: str
+    data_id: str
+    config: Any
+    table: str
+    device: str = "cpu"
+
+    @property
+    def identity(self) -> dict[str, str]:
+        """The columns that name the network and the images."""
+        return {"model_id": self.model.model_id, "data_id": self.data_id}
+
+    def decides(self, selects: tuple[str, ...]) -> dict[str, Any]:
+        """What decides a slice's content, ready for JSON: configuration, network and images.
+
+        Args:
+            selects: fields of the configuration that only select slices.
+        """
+        config = {name: value for name, value in asdict(self.config).items() if name not in selects}
+        decided: dict[str, Any] = json.loads(json.dumps({**config, "split": self.split, **self.identity}))
+        return decided
+
+
+def open_context(options: Options, config: Any, analysis: str, device: str) -> Context:
+    """Load the run's model and the shards' index."""
+    run = Run.at(options.run)
+    table = analysis if options.name is None else f"{analysis}-{options.name}"
+    model = run.load_model()
+    index = shards_or_default(options.data, options.index)
+    if device == "cuda":
+        model.network.to(device)
+    size = model.preprocessing.crop_px
+    graph = trace(model.network, (3, size, size))
+    return Context(run, model, graph, index, options.split, index.data_id(options.split), config, table, device)
+
+
+def read_pictures(context: Context, rows: pa.Table) -> tuple[list[Picture], list[Skipped]]:
+    """Decode the samples of these rows; each is a picture or skipped."""
+    pictures: list[Picture] = []
+    skipped: list[Skipped] = []
+    preprocessing = context.model.preprocessing
+    for number, sample in zip(rows["number"].to_pylist(), context.index.read(rows), strict=True):
+        if isinstance(sample, Skipped):
+            skipped.append(sample)
+            continue
+        try:
+            image = images.decode(sample.image)
+            pixels, crop = images.centre_crop(image, preprocessing.resize_px, preprocessing.crop_px)
+        except images.BadImage as error:
+            skipped.append(Skipped(sample.shard, sample.key, error.reason, error.detail))
+            continue
+        pictures.append(Picture(sample, number, pixels, crop))
+    return pictures, skipped

@@ -1,0 +1,206 @@
+"""The run directory: one network and all that was measured on it. What is finished is what its manifests say.
+
+runs/NAME/run.json                    what the run is; written last, so a run without it has no model
+runs/NAME/model/weights.safetensors   weights and the preprocessing's tensors
+runs/NAME/results/TABLE/              Parquet, one file for each slice
+runs/NAME/results/TABLE.manifest.json which slices are finished, and what made them; written last
+runs/NAME/unfinished/TABLE/PLAN/      parts while a job is under way
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import PIL
+import pyarrow as pa
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import nn
+
+from pipeline.storage import Location
+from zfnet import models
+from zfnet.images import Preprocessing
+
+_MEAN, _STD = "preprocessing.mean", "preprocessing.std"
+
+
+class RunError(ValueError):
+    """The run directory does not allow what was asked; the message says what to do."""
+
+
+@dataclass(frozen=True)
+class Model:
+    """A network as a run holds it."""
+
+    network: nn.Module
+    architecture: str
+    classes: tuple[str, ...]
+    preprocessing: Preprocessing
+    model_id: str
+
+
+def identity(architecture: str, preprocessing: Preprocessing, weights: dict[str, torch.Tensor]) -> str:
+    """model_id: sha256 over names, dtypes, shapes and bytes of all tensors, the architecture and the preprocessing."""
+    digest = hashlib.sha256(json.dumps([architecture, preprocessing.describe()], sort_keys=True).encode())
+    for name, tensor in sorted(_tensors(weights, preprocessing).items()):
+        digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
+        digest.update(tensor.view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _tensors(weights: dict[str, torch.Tensor], preprocessing: Preprocessing) -> dict[str, torch.Tensor]:
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
+    return tensors | {_MEAN: preprocessing.mean.contiguous(), _STD: preprocessing.std.contiguous()}
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run directory, on any storage."""
+
+    location: Location
+
+    @classmethod
+    def at(cls, path: str | Location) -> Run:
+        """The run of this path; nothing is read or made yet."""
+        return cls(Location.of(path))
+
+    def describe(self) -> dict[str, Any]:
+        """run.json. Raises: RunError where there is none yet."""
+        try:
+            found: dict[str, Any] = json.loads((self.location / "run.json").read())
+        except FileNotFoundError:
+            raise RunError(
+                f"there is no trained model in {self.location}: train one with "
+                f"`python jobs/train.py --run {self.location}`, or give --run a run that has one"
+            ) from None
+        except ValueError as error:
+            raise RunError(f"run.json in {self.location} is damaged ({error}): bring it back or train again") from None
+        return found
+
+    def save_model(
+        self,
+        network: nn.Module,
+        *,
+        architecture: str,
+        classes: tuple[str, ...],
+        preprocessing: Preprocessing,
+        about: dict[str, Any],
+    ) -> str:
+        """Write weights, then run.json. Returns the model_id."""
+        weights = network.state_dict()
+        model_id = identity(architecture, preprocessing, weights)
+        (self.location / "model" / "weights.safetensors").write(save(_tensors(weights, preprocessing)))
+        description = {
+            "architecture": architecture,
+            "classes": list(classes),
+            "preprocessing": preprocessing.describe(),
+            "model_id": model_id,
+            "versions": versions(),
+            **about,
+        }
+        (self.location / "run.json").write(json.dumps(description, indent=1).encode())
+        return model_id
+
+    def load_model(self) -> Model:
+        """The run's network in eval mode, on the CPU.
+
+        Raises: RunError where weights and description do not belong together.
+        """
+        described = self.describe()
+        path = self.location / "model" / "weights.safetensors"
+        try:
+            tensors = load(path.read())
+            mean, std = tensors.pop(_MEAN), tensors.pop(_STD)
+            preprocessing = Preprocessing(**described["preprocessing"], mean=mean, std=std)
+            classes = tuple(described["classes"])
+            network = models.build(described["architecture"], classes=len(classes)).eval()
+            network.load_state_dict(tensors)
+        except (FileNotFoundError, KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
+            raise RunError(
+                f"the model of {self.location} cannot be loaded: {str(error).strip()}; {path} and run.json must come "
+                "from the same training: bring both back, or train again into another --run"
+            ) from None
+        model_id = identity(described["architecture"], preprocessing, tensors)
+        if model_id != described.get("model_id"):
+            raise RunError(
+                f"the weights in {path} are those of model {model_id}, and run.json describes model "
+                f"{described.get('model_id')}: one of the two was replaced; bring back the one that belongs here"
+            )
+        return Model(network, described["architecture"], classes, preprocessing, model_id)
+
+    def results(self, table: str) -> Location:
+        """The folder of a finished table."""
+        return self.location / "results" / table
+
+    def manifest(self, table: str) -> dict[str, Any]:
+        """Finished slices of a table by name, with what made them; empty where none is finished."""
+        location = self.location / "results" / f"{table}.manifest.json"
+        if not location.exists():
+            return {}
+        try:
+            slices: dict[str, Any] = json.loads(location.read())["slices"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise RunError(f"{location} is damaged ({error!r}): delete it and run the job again") from None
+        return slices
+
+    def finish(self, table: str, slices: dict[str, Any]) -> None:
+        """Add slices to the table's manifest: the last step of a job."""
+        known = self.manifest(table)
+        (self.location / "results" / f"{table}.manifest.json").write(
+            json.dumps({"table": table, "slices": known | slices}, indent=1).encode()
+        )
+
+    def missing(self, table: str, wanted: list[str], fingerprint: dict[str, Any]) -> list[str]:
+        """The wanted slices that are not finished.
+
+        Raises: RunError where one is finished with another configuration: a finished slice is never rewritten.
+        """
+        finished = self.manifest(table)
+        for name in wanted:
+            if name in finished:
+                _refuse_difference(self.results(table), name, finished[name]["fingerprint"], fingerprint)
+        return [name for name in wanted if name not in finished]
+
+    def unfinished(self, table: str) -> Location:
+        """The folder of a table's work under way."""
+        return self.location / "unfinished" / table
+
+
+def _refuse_difference(table: Location, name: str, known: dict[str, Any], asked: dict[str, Any]) -> None:
+    differing = [field for field in sorted(known | asked) if known.get(field) != asked.get(field)]
+    if differing:
+        detail = "; ".join(
+            f"{field}: finished with {known.get(field)!r}, asked {asked.get(field)!r}" for field in differing
+        )
+        raise RunError(
+            f"{name} of {table} is finished with another configuration ({detail}). Finished results are never "
+            f"rewritten: give --name X to write to {table.name}-X, or delete {table} and its manifest yourself"
+        )
+
+
+def plan_name(decides: dict[str, Any]) -> str:
+    """A folder name from what decides the content of a plan's parts."""
+    return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def versions() -> dict[str, str]:
+    """Versions of what computes: results are bit for bit the same only where these are."""
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "pillow": PIL.__version__,
+        "pyarrow": pa.__version__,
+    }
+
+
+def environment(device: str) -> dict[str, str]:
+    """Versions, device model and CPU capability: parts of one table must agree in all of them."""
+    name = torch.cuda.get_device_name() if device == "cuda" else f"{platform.machine()} CPU"
+    return {**versions(), "device": name, "cpu_capability": torch.backends.cpu.get_cpu_capability()}

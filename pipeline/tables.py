@@ -1,0 +1,145 @@
+"""Result tables: the shared columns, and how a table is conformed, written and read. Pure Arrow.
+
+Each analysis declares its schema once, from these columns where they are shared, so that all tables join. Column
+types are plain: strings, numbers, flat lists with shape columns, PNG bytes. They read the same in pandas, Polars
+and DuckDB, without this package.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.storage import Location
+
+ROW_GROUP_BYTES = 64 * 2**20
+"""A row group of a finished table holds at most this many bytes of values."""
+
+
+class SchemaError(ValueError):
+    """A table does not fit its schema: a fault of the analysis, never of the data."""
+
+
+def column(name: str, kind: pa.DataType, doc: str, *, nullable: bool = False) -> pa.Field:
+    """A documented column: one sentence with its unit."""
+    return pa.field(name, kind, nullable=nullable, metadata={"doc": doc})
+
+
+MODEL_ID = column("model_id", pa.string(), "Identity of the network: hash of weights, architecture, preprocessing.")
+DATA_ID = column("data_id", pa.string(), "Identity of the images: hash of the shards of the split.")
+LAYER = column("layer", pa.string(), "Layer, named by its convolution or linear module.")
+FEATURE_MAP = column("feature_map", pa.int32(), "Channel of the layer, from 0.")
+RANK = column("rank", pa.int32(), "Place among the images of this feature map, from 1.")
+ACTIVATION = column("activation", pa.float32(), "Activation of the cell, after ReLU where one follows.")
+KEY = column("key", pa.string(), "Name of the sample, unique in its split.")
+SHARD = column("shard", pa.string(), "File name of the shard that holds the sample.")
+LABEL = column("label", pa.int32(), "Class of the sample; null where it has none.", nullable=True)
+LABEL_NAME = column("label_name", pa.string(), "Name of the class; null where unknown.", nullable=True)
+ROW = column("row", pa.int32(), "Row of the cell in its feature map, from 0.")
+COL = column("col", pa.int32(), "Column of the cell in its feature map, from 0.")
+TOP = column("top", pa.int32(), "First row of the receptive field in input pixels; may leave the image.")
+LEFT = column("left", pa.int32(), "First column of the receptive field in input pixels; may leave the image.")
+HEIGHT = column("height", pa.int32(), "Height of the receptive field in input pixels.")
+WIDTH = column("width", pa.int32(), "Width of the receptive field in input pixels.")
+
+SKIPPED = pa.schema(
+    [
+        column("table", pa.string(), "Table for which the sample was read."),
+        SHARD,
+        KEY,
+        column("reason", pa.string(), "Short code: bad_image, too_large, truncated, ..."),
+        column("detail", pa.string(), "What was found, in words."),
+    ]
+)
+
+ACCOUNT = pa.schema(
+    [
+        column("part", pa.int32(), "Number of the part in its plan, from 0."),
+        column("plan", pa.string(), "The plan that the part belongs to: hash of configuration, layers and data."),
+        column("samples", pa.int32(), "Samples of the part."),
+        column("skipped", pa.int32(), "Samples of the part that could not be read."),
+        column("attempts", pa.int32(), "How often the part was started."),
+        column(
+            "seconds", pa.float64(), "Seconds from first read to commit; null where a crash lost it.", nullable=True
+        ),
+        column("finished", pa.float64(), "Unix time of the commit in seconds; null where lost.", nullable=True),
+    ]
+)
+
+
+def conform(rows: dict[str, Any] | pa.Table, schema: pa.Schema) -> pa.Table:
+    """The rows as a table of exactly this schema, columns in its order.
+
+    Raises: SchemaError where a column is missing, unknown, of another type, or null though it may not be.
+    """
+    given = list(rows) if isinstance(rows, dict) else rows.column_names
+    if set(given) != set(schema.names):
+        missing, unknown = sorted(set(schema.names) - set(given)), sorted(set(given) - set(schema.names))
+        raise SchemaError(f"columns missing: {missing}, unknown: {unknown}; expected {schema.names}")
+    try:
+        columns = [_cast(rows[field.name], field) for field in schema]
+        table = pa.Table.from_arrays(columns, schema=schema)
+    except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError) as error:
+        raise SchemaError(f"a column does not have the type of its schema: {error}") from error
+    for field in schema:
+        if not field.nullable and table[field.name].null_count:
+            raise SchemaError(f"column {field.name!r} holds a null, and its schema allows none")
+    return table
+
+
+def _cast(values: Any, field: pa.Field) -> Any:
+    if isinstance(values, pa.Array | pa.ChunkedArray):
+        return values.cast(field.type)
+    return pa.array(values, type=field.type)
+
+
+def flat_lists(arrays: list[Any], kind: pa.DataType) -> pa.Array:
+    """A column of flat lists from arrays of any shape, row-major, without a detour over Python floats."""
+    lengths = [array.size for array in arrays]
+    offsets = pa.array([0, *_cumulative(lengths)], type=pa.int32())
+    values = pa.concat_arrays([pa.array(array.reshape(-1), type=kind) for array in arrays] or [pa.array([], type=kind)])
+    return pa.ListArray.from_arrays(offsets, values)
+
+
+def _cumulative(lengths: list[int]) -> Iterator[int]:
+    total = 0
+    for length in lengths:
+        total += length
+        yield total
+
+
+def write(table: pa.Table, location: Location, row_group_bytes: int = ROW_GROUP_BYTES) -> None:
+    """One Parquet file, whole or not at all."""
+    write_stream(iter([table]), table.schema, location, row_group_bytes=row_group_bytes)
+
+
+def write_stream(
+    tables: Iterator[pa.Table],
+    schema: pa.Schema,
+    location: Location,
+    staging: Location | None = None,
+    row_group_bytes: int = ROW_GROUP_BYTES,
+) -> int:
+    """One Parquet file from tables that come one after another; memory holds one at a time.
+
+    Returns: the number of rows. The same tables give the same bytes.
+    """
+    rows = 0
+    with location.whole_file(staging) as file, pq.ParquetWriter(file, schema, compression="zstd") as writer:
+        for table in tables:
+            table = table.cast(schema)
+            rows += table.num_rows
+            if table.num_rows:
+                per_row = max(1, table.nbytes // table.num_rows)
+                writer.write_table(table, row_group_size=max(1, row_group_bytes // per_row))
+    return rows
+
+
+def read(location: Location, columns: list[str] | None = None, filters: Any = None) -> pa.Table:
+    """A Parquet file, or all files of a folder in the order of their names. Raises: FileNotFoundError."""
+    if not location.exists():
+        raise FileNotFoundError(f"there is no table {location}")
+    return pq.read_table(location.path, columns=columns, filters=filters, filesystem=location.filesystem)

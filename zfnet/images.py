@@ -1,0 +1,207 @@
+"""From the bytes of an image to the network's input, keeping the way back to the original's pixels.
+
+Decoding, resizing and cropping are Pillow's: integer arithmetic, the same on every CPU. The geometry is that of
+ZFNet section 3 and of torchvision's reference transform: the smallest side is resized, then the centre is cropped.
+EXIF orientation is ignored, as torchvision's loaders and the papers' pipelines do, so "original pixels" are the
+pixels as stored in the file, which is what boxes and landmarks of published data sets refer to.
+"""
+
+from __future__ import annotations
+
+import io
+import warnings
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image
+from torch import Tensor
+
+MAX_PIXELS = 64 * 2**20
+"""Images (and their resized forms) of more pixels are refused before they are decoded."""
+
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP")
+
+Pixels = npt.NDArray[np.uint8]
+
+
+class BadImage(ValueError):
+    """The bytes are not a usable image. `reason` is a short code for the skipped table."""
+
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(f"{reason}: {detail}")
+        self.reason = reason
+        self.detail = detail
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return BadImage, (self.reason, self.detail)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Crop:
+    """Where a square crop lies in an image: all that is needed to go back to original pixels."""
+
+    image_height: int
+    image_width: int
+    resized_height: int
+    resized_width: int
+    top: int
+    left: int
+    size_px: int
+
+    def to_original(self, top: float, left: float, height: float, width: float) -> tuple[float, ...]:
+        """A box (top, left, height, width) in pixels of the crop, as a box in pixels of the original image."""
+        down = self.image_height / self.resized_height
+        across = self.image_width / self.resized_width
+        return ((self.top + top) * down, (self.left + left) * across, height * down, width * across)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Preprocessing:
+    """What a network expects of its input. It belongs to the model and is stored with its weights."""
+
+    resize_px: int
+    """The smallest side of the image is resized to this."""
+    crop_px: int
+    """Side of the square crop that the network sees."""
+    channels: Literal["RGB", "BGR"] = "RGB"
+    """Channel order of the network's input."""
+    maximum: float = 255.0
+    """White, before the mean is subtracted: 255 (the papers, Caffe) or 1 (torchvision)."""
+    mean: Tensor = field(default_factory=lambda: torch.zeros(3, 1, 1))
+    """[3, 1, 1], or per pixel [3, resize_px, resize_px], in the network's channel order and range."""
+    std: Tensor = field(default_factory=lambda: torch.ones(3, 1, 1))
+    """[3, 1, 1], divides after the mean is subtracted."""
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.crop_px <= self.resize_px:
+            raise ValueError(
+                f"crop {self.crop_px} px does not fit into an image resized to {self.resize_px} px: "
+                "give a crop of at least 1 px and at most the resized side"
+            )
+
+    def describe(self) -> dict[str, Any]:
+        """The fields that are not tensors, for run.json; the tensors are stored with the weights."""
+        return {
+            "resize_px": self.resize_px,
+            "crop_px": self.crop_px,
+            "channels": self.channels,
+            "maximum": self.maximum,
+        }
+
+    def normalise(self, pixels: Tensor, top: Tensor | None = None, left: Tensor | None = None) -> Tensor:
+        """Network input from pixels.
+
+        Args:
+            pixels: uint8 [N, crop_px, crop_px, 3], RGB.
+            top, left: [N], where each crop lies in the centre square of resize_px; default the centre crop.
+
+        Returns: float32 [N, 3, crop_px, crop_px] in the network's channel order.
+        """
+        x = pixels.permute(0, 3, 1, 2).to(torch.float32)
+        if self.channels == "BGR":
+            x = x.flip(1)
+        if self.maximum != 255.0:
+            x = x * (self.maximum / 255.0)
+        return (x - self._mean(pixels.device, top, left)) / self.std.to(pixels.device)
+
+    def _mean(self, device: torch.device, top: Tensor | None, left: Tensor | None) -> Tensor:
+        mean = self.mean.to(device)
+        if mean.shape[-1] == 1:
+            return mean
+        size = self.crop_px
+        if top is None or left is None:
+            start = centre_offset(self.resize_px, size)
+            return mean[:, start : start + size, start : start + size]
+        corners = zip(top.tolist(), left.tolist(), strict=True)
+        return torch.stack([mean[:, t : t + size, le : le + size] for t, le in corners])
+
+
+def centre_offset(length: int, crop: int) -> int:
+    """First pixel of a centred crop, rounded as torchvision's center_crop does."""
+    return round((length - crop) / 2.0)
+
+
+def decode(data: bytes) -> Image.Image:
+    """An RGB image from the bytes of a JPEG, PNG, WebP or BMP file; greyscale, CMYK and palettes are converted.
+
+    Raises: BadImage with reason "empty_file", "bad_image" or "too_large".
+    """
+    if not data:
+        raise BadImage("empty_file", "0 bytes")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own bound is the stricter
+            image = Image.open(io.BytesIO(data), formats=FORMATS)
+    except Image.DecompressionBombError as error:
+        raise BadImage("too_large", str(error)) from None
+    except Exception as error:
+        raise BadImage("bad_image", f"{len(data)} bytes: {error}".replace("<_io.BytesIO object", "<bytes")) from None
+    _bound(image.width, image.height)
+    try:
+        return image.convert("RGB")
+    except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, struct.error, ...
+        raise BadImage("bad_image", f"{image.width} x {image.height} px: {error}") from None
+
+
+def _bound(width: int, height: int) -> None:
+    if width < 1 or height < 1 or width * height > MAX_PIXELS:
+        raise BadImage("too_large", f"{width} x {height} px, at most {MAX_PIXELS} pixels are decoded")
+
+
+def resize(image: Image.Image, smallest_side_px: int) -> Image.Image:
+    """The image with its smallest side at `smallest_side_px` (bilinear, antialiased), as torchvision's Resize.
+
+    Raises: BadImage("too_large") where a very long image would become too large.
+    """
+    short, long = sorted((image.width, image.height))
+    longer = int(smallest_side_px * long / short)
+    width, height = (smallest_side_px, longer) if image.width <= image.height else (longer, smallest_side_px)
+    _bound(width, height)
+    if (width, height) == image.size:
+        return image
+    return image.resize((width, height), Image.Resampling.BILINEAR)
+
+
+def centre_crop(image: Image.Image, resize_px: int, crop_px: int) -> tuple[Pixels, Crop]:
+    """The network's own input pixels: uint8 [crop_px, crop_px, 3] RGB, and where they lie in the image."""
+    resized = resize(image, resize_px)
+    top, left = centre_offset(resized.height, crop_px), centre_offset(resized.width, crop_px)
+    crop = Crop(
+        image_height=image.height,
+        image_width=image.width,
+        resized_height=resized.height,
+        resized_width=resized.width,
+        top=top,
+        left=left,
+        size_px=crop_px,
+    )
+    return np.asarray(resized.crop((left, top, left + crop_px, top + crop_px))), crop
+
+
+def random_crop(image: Image.Image, resize_px: int, crop_px: int, rng: np.random.Generator) -> tuple[Pixels, int, int]:
+    """A training example: a random crop of the centre square, mirrored half the time (AlexNet section 4.1).
+
+    Returns: uint8 [crop_px, crop_px, 3], and the crop's top and left in the square of resize_px.
+    """
+    square, _ = centre_crop(image, resize_px, resize_px)
+    top, left = (int(v) for v in rng.integers(0, resize_px - crop_px + 1, size=2))
+    pixels = square[top : top + crop_px, left : left + crop_px]
+    if rng.random() < 0.5:
+        pixels = pixels[:, ::-1]
+    return np.ascontiguousarray(pixels), top, left
+
+
+def ten_crops(image: Image.Image, resize_px: int, crop_px: int) -> tuple[Pixels, list[int], list[int]]:
+    """The corners and the centre of the square, then their reflections (AlexNet section 4.1).
+
+    Returns: uint8 [10, crop_px, crop_px, 3], and tops and lefts of the crops in the square.
+    """
+    square, _ = centre_crop(image, resize_px, resize_px)
+    last, middle = resize_px - crop_px, centre_offset(resize_px, crop_px)
+    corners = [(0, 0), (0, last), (last, 0), (last, last), (middle, middle)]
+    five = np.stack([square[t : t + crop_px, le : le + crop_px] for t, le in corners])
+    tops, lefts = ([corner[axis] for corner in corners] for axis in (0, 1))
+    return np.concatenate([five, five[:, :, ::-1]]), tops * 2, lefts * 2
