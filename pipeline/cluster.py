@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -25,14 +26,14 @@ class Workers:
     """What a job asks of the cluster. It never changes a result."""
 
     num: int | None = None
-    """Actors; default one for each GPU of the cluster, or where there is none, one for each node."""
+    """Workers; default one for each GPU of the cluster, or where there is none, one for each node. 0: no Ray."""
     cpus: int | None = None
     """CPU cores of an actor; default its share of the smallest node."""
     gpus: float | None = None
     """GPUs of an actor, fractions allowed; default 1 where the cluster has GPUs, else 0."""
 
     def __post_init__(self) -> None:
-        for name, least in (("num", 1), ("cpus", 1), ("gpus", 0)):
+        for name, least in (("num", 0), ("cpus", 1), ("gpus", 0)):
             value = getattr(self, name)
             if value is not None and value < least:
                 raise CannotSchedule(f"--workers.{name} is {value}: give at least {least}")
@@ -57,6 +58,8 @@ def connected(address: str | None) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
+    # Ray warns on stderr of every actor whose arguments lie in the object store; ours are plain data in the driver.
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     try:
         if address is not None:
@@ -91,6 +94,8 @@ def resolve(workers: Workers) -> Resources:
 
     Raises: CannotSchedule where no node can hold an actor, or all of them never fit at once.
     """
+    if workers.num == 0:
+        return Resources(0, workers.cpus or os.cpu_count() or 1, 0.0)
     found = nodes()
     gpus_there = sum(node.get("GPU", 0) for node in found)
     gpus = workers.gpus if workers.gpus is not None else float(gpus_there > 0)
@@ -116,6 +121,40 @@ def _describe(found: list[dict[str, float]]) -> str:
     return f"the cluster has {len(found)} nodes: {nodes_}"
 
 
+def fit(worker: Callable[[dict[str, Any]], None], config: dict[str, Any], resources: Resources, failures: int) -> None:
+    """Run a training function on every worker with Ray Train; a dead worker restarts them all, `failures` times.
+
+    Raises: CannotSchedule where training failed for good, with what Ray says of it.
+    """
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchTrainer
+
+    with tempfile.TemporaryDirectory(prefix="zfnet-ray-train-") as scratch:
+        # Ray's own checkpoints are not used; it still wants a place for its state.
+        trainer = TorchTrainer(
+            worker,
+            train_loop_config=config,
+            scaling_config=ScalingConfig(
+                num_workers=resources.num,
+                use_gpu=resources.gpus > 0,
+                resources_per_worker={"CPU": resources.cpus, "GPU": resources.gpus},
+            ),
+            run_config=RunConfig(
+                name="train", storage_path=scratch, failure_config=FailureConfig(max_failures=failures)
+            ),
+        )
+        trainer.fit()
+
+
+def train_context() -> tuple[int, int, str]:
+    """Rank, number of workers and device of the training worker that asks."""
+    import ray.train
+    import ray.train.torch
+
+    context = ray.train.get_context()
+    return context.get_world_rank(), context.get_world_size(), str(ray.train.torch.get_device())
+
+
 def map_parts(
     actor: type, arguments: dict[str, Any], parts: list[dict[str, Any]], resources: Resources
 ) -> Iterator[Any]:
@@ -124,10 +163,15 @@ def map_parts(
     Ray Data may run a part more than once (actors are restarted for ever): actors must commit idempotently and
     count their attempts themselves.
     """
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    if resources.num == 0:
+        in_process = actor(**arguments)
+        for part in parts:
+            yield {name: values[0] for name, values in in_process({n: [v] for n, v in part.items()}).items()}
+        return
     context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False
+    context.enable_progress_bars = False  # the job says itself how far it is
     context.print_on_execution_start = False
-    logging.getLogger("ray.data").setLevel(logging.WARNING)
     dataset = ray.data.from_items(parts, override_num_blocks=len(parts)).map_batches(
         actor,
         fn_constructor_kwargs=arguments,

@@ -12,6 +12,7 @@ import json
 import time
 import uuid
 from collections import Counter
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -47,9 +48,10 @@ def run(analysis: Analysis, options: Options, config: Any) -> int:
     work = Work.of(context, analysis, missing, plan.samples, decides)
     work.prepare()
     todo = work.unfinished_parts()
+    say(f"{context.table}: {json.dumps(decides)}")
     say(f"{context.table}: {_listed(missing)}; {plan.samples.num_rows} images, {len(todo)} of {work.count} parts to do")
     if todo:
-        with cluster.connected(options.address):
+        with nullcontext() if options.workers.num == 0 else cluster.connected(options.address):
             _map(analysis, options, work, todo)
     _fold(analysis, context, options, work, started)
     say(f"{context.table}: finished in {time.time() - started:.1f} s: {context.run.results(context.table)}")
@@ -114,7 +116,7 @@ def _fold(analysis: Analysis, context: Context, options: Options, work: Work, st
     }
     for table in sorted(rows, key=lambda name: name == context.table):
         context.run.finish(table, {slice_: {"rows": count, **entry} for slice_, count in rows[table].items()})
-    work.location.delete()
+    work.delete()
 
 
 def _skipped_of(work: Work) -> list[Skipped]:

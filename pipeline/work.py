@@ -70,6 +70,12 @@ class Work:
         table = table.replace_schema_metadata({"skipped": notes})
         tables.write(table, self.part(number), row_group_bytes=2**21)
 
+    def delete(self) -> None:
+        """Delete what lies here when the tables are finished."""
+        self.location.delete()
+        if not self.location.parent.names():
+            self.location.parent.delete()
+
     def require_environment(self, device: str) -> None:
         """All parts of a plan must be computed alike. Raises: RunError naming what differs."""
         here, where = environment(device), self.location / "environment.json"

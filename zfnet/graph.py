@@ -549,7 +549,7 @@ def _read_module(module: nn.Module, before: tuple[int, ...], after: tuple[int, .
     if kind == "normalisation" and len(before) == 3:
         return _Meaning(kind, module, compute=run, pointwise=True)
     if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d) and module.running_mean is not None:
-        return _Meaning("batchnorm", module, compute=run, pointwise=len(before) in (1, 3))
+        return _Meaning("batchnorm", module, compute=_batch_norm(module), pointwise=len(before) in (1, 3))
     if kind == "identity":
         return _IDENTITY
     if kind == "flatten" and _is_flattening(before, after):
@@ -557,6 +557,13 @@ def _read_module(module: nn.Module, before: tuple[int, ...], after: tuple[int, .
     if isinstance(module, nn.Softmax) and module.dim in (1, -len(before)):
         return _Meaning("softmax", module, compute=run)
     return _Meaning("unknown", module, pointwise=isinstance(module, _POINTWISE))
+
+
+def _batch_norm(module: nn.BatchNorm1d | nn.BatchNorm2d) -> Callable[[Tensor], Tensor]:
+    """With the running statistics, whatever the module's flag says."""
+    return lambda x: F.batch_norm(
+        x, module.running_mean, module.running_var, module.weight, module.bias, training=False, eps=module.eps
+    )
 
 
 def _read_window(module: nn.Module, kind: str, before: tuple[int, ...], after: tuple[int, ...]) -> _Meaning:
@@ -632,9 +639,12 @@ def _read_join(kind: str, args: Any, kwargs: Any, shapes: list[tuple[int, ...]],
 
 
 def _module_of_function(function: Any, args: Any, kwargs: Any) -> nn.Module | None:
-    """The module that does what the call does; None where there is none."""
+    """The module that does what the call does; None where there is none, or the arguments are not foreseen here."""
     make = _FUNCTIONS.get(function)
-    return None if make is None else make(*args, **kwargs)
+    try:
+        return None if make is None else make(*args, **kwargs)
+    except TypeError:
+        return None
 
 
 def _conv2d(
@@ -671,6 +681,10 @@ def _avg_pool2d(input: Tensor, *args: Any, **kwargs: Any) -> nn.Module:  # noqa:
     return nn.AvgPool2d(*args, **kwargs)
 
 
+def _adaptive_max_pool2d(input: Tensor, output_size: Any, return_indices: bool = False) -> nn.Module:  # noqa: A002
+    return nn.AdaptiveMaxPool2d(output_size, return_indices)
+
+
 def _pad(input: Tensor, pad: Any, mode: str = "constant", value: float | None = None) -> nn.Module | None:  # noqa: A002
     return nn.ConstantPad2d(tuple(pad), value or 0.0) if mode == "constant" and len(pad) == 4 else None
 
@@ -690,8 +704,8 @@ _FUNCTIONS: dict[Any, Callable[..., nn.Module | None]] = {
     **dict.fromkeys((torch.relu, torch.relu_, F.relu, F.relu_, "relu", "relu_"), lambda *_, **__: nn.ReLU()),
     **dict.fromkeys((torch.max_pool2d, F.max_pool2d), _max_pool2d),
     **dict.fromkeys((F.avg_pool2d,), _avg_pool2d),
-    **dict.fromkeys((F.adaptive_avg_pool2d,), lambda _, size: nn.AdaptiveAvgPool2d(size)),
-    **dict.fromkeys((F.adaptive_max_pool2d,), lambda _, size, *__: nn.AdaptiveMaxPool2d(size)),
+    **dict.fromkeys((F.adaptive_avg_pool2d,), lambda _, output_size: nn.AdaptiveAvgPool2d(output_size)),
+    **dict.fromkeys((F.adaptive_max_pool2d,), _adaptive_max_pool2d),
     **dict.fromkeys((F.local_response_norm,), lambda _, *args, **kwargs: nn.LocalResponseNorm(*args, **kwargs)),
     **dict.fromkeys((F.pad,), _pad),
     **dict.fromkeys((torch.mean, "mean"), _mean),

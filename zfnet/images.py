@@ -16,7 +16,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 MAX_PIXELS = 64 * 2**20
@@ -137,8 +137,10 @@ def decode(data: bytes) -> Image.Image:
             image = Image.open(io.BytesIO(data), formats=FORMATS)
     except Image.DecompressionBombError as error:
         raise BadImage("too_large", str(error)) from None
+    except UnidentifiedImageError:  # its text holds an address in memory
+        raise BadImage("bad_image", f"{len(data)} bytes that are none of {', '.join(FORMATS)}") from None
     except Exception as error:
-        raise BadImage("bad_image", f"{len(data)} bytes: {error}".replace("<_io.BytesIO object", "<bytes")) from None
+        raise BadImage("bad_image", f"{len(data)} bytes: {error}") from None
     _bound(image.width, image.height)
     try:
         return image.convert("RGB")
@@ -205,3 +207,12 @@ def ten_crops(image: Image.Image, resize_px: int, crop_px: int) -> tuple[Pixels,
     five = np.stack([square[t : t + crop_px, le : le + crop_px] for t, le in corners])
     tops, lefts = ([corner[axis] for corner in corners] for axis in (0, 1))
     return np.concatenate([five, five[:, :, ::-1]]), tops * 2, lefts * 2
+
+
+def describe(data: bytes) -> dict[str, Any]:
+    """Width, height and mode of an image, from its header alone; empty where it has none."""
+    try:
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
+    except Exception:  # what cannot be read is for the reader of the shards to report
+        return {}
+    return {"width": image.width, "height": image.height, "mode": image.mode}

@@ -4,14 +4,14 @@ A cell of conv5 of ZFNet sees 139 x 139 pixels, and its neighbour the same box 1
 2014 crop those boxes as the patches of Fig. 2. Padding makes boxes that leave the image; they are not cut here.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TypeVar
 
 import numpy as np
 import torch
 
-from zfnet.graph import Graph, Pair
+from zfnet.graph import Graph, Pair, Window
 
 Index = TypeVar("Index", int, np.ndarray, torch.Tensor)
 
@@ -60,29 +60,31 @@ def fields_beneath(graph: Graph, layer: str, inside: bool = False) -> Mapping[st
         for source in dict.fromkeys(op.inputs):
             below = _one_step_down(graph, name, source, fields[name])
             if source in fields:
-                below = _union([fields[source], below], _whole(graph, source))
+                below = _union(fields[source], below, _whole(graph, source))
             fields[source] = _inside(below, _whole(graph, source)) if inside else below
     return fields
 
 
+def beneath(field: ReceptiveField, window: Window) -> ReceptiveField:
+    """What cells that see `field` of a window's output see of its input, where it lies on the map and beside it."""
+    axes = [
+        (jump * stride, start * stride - before, (size - 1) * stride + span)
+        for (jump, start, size), stride, before, span in zip(
+            _axes(field), window.stride, window.pad_before, window.span, strict=True
+        )
+    ]
+    return _field(axes)
+
+
 def _one_step_down(graph: Graph, name: str, source: str, field: ReceptiveField) -> ReceptiveField:
     """From what is seen of an operation's output to what is seen of one of its inputs."""
-    op = graph.operations[name]
-    whole = _whole(graph, source)
-    if op.pointwise and graph.operations[source].shape[1:] == op.shape[1:] and len(op.shape) == 3:
+    op, whole = graph.operations[name], _whole(graph, source)
+    if op.pointwise and len(op.shape) == 3 and graph.operations[source].shape[1:] == op.shape[1:]:
         return field
     if op.window is None:
         return whole
-    jump, start, size = [], [], []
-    for axis in (0, 1):
-        if field.jump[axis] == 0:
-            jump.append(0), start.append(0), size.append(whole.size[axis])
-            continue
-        stride = op.window.stride[axis]
-        jump.append(field.jump[axis] * stride)
-        start.append(field.start[axis] * stride - op.window.pad_before[axis])
-        size.append((field.size[axis] - 1) * stride + op.window.span[axis])
-    return ReceptiveField((jump[0], jump[1]), (start[0], start[1]), (size[0], size[1]))
+    below = zip(_axes(beneath(field, op.window)), _axes(whole), strict=True)
+    return _field([axis if axis[0] else all_of_it for axis, all_of_it in below])
 
 
 def _whole(graph: Graph, name: str) -> ReceptiveField:
@@ -92,24 +94,26 @@ def _whole(graph: Graph, name: str) -> ReceptiveField:
     return ReceptiveField((0, 0), (0, 0), (rows, cols))
 
 
-def _union(fields: Iterable[ReceptiveField], whole: ReceptiveField) -> ReceptiveField:
-    """Smallest field that holds all; branches that move at different speeds have none but the whole map."""
-    fields = list(fields)
+def _union(one: ReceptiveField, other: ReceptiveField, whole: ReceptiveField) -> ReceptiveField:
+    """Smallest field that holds both; branches that move at different speeds have none but the whole map."""
     axes = []
-    for axis in (0, 1):
-        jumps = {field.jump[axis] for field in fields}
-        start = min(field.start[axis] for field in fields)
-        end = max(field.start[axis] + field.size[axis] for field in fields)
-        axes.append((jumps.pop(), start, end - start) if len(jumps) == 1 else (0, 0, whole.size[axis]))
-    (jr, sr, nr), (jc, sc, nc) = axes
-    return ReceptiveField((jr, jc), (sr, sc), (nr, nc))
+    for a, b, all_of_it in zip(_axes(one), _axes(other), _axes(whole), strict=True):
+        start, end = min(a[1], b[1]), max(a[1] + a[2], b[1] + b[2])
+        axes.append((a[0], start, end - start) if a[0] == b[0] else all_of_it)
+    return _field(axes)
 
 
 def _inside(field: ReceptiveField, whole: ReceptiveField) -> ReceptiveField:
     """The field, with the whole map along each axis on which it is as large as the map."""
-    axes = [
-        (field.jump[a], field.start[a], field.size[a]) if field.size[a] < whole.size[a] else (0, 0, whole.size[a])
-        for a in (0, 1)
-    ]
-    (jr, sr, nr), (jc, sc, nc) = axes
-    return ReceptiveField((jr, jc), (sr, sc), (nr, nc))
+    pairs = zip(_axes(field), _axes(whole), strict=True)
+    return _field([axis if axis[2] < all_of_it[2] else all_of_it for axis, all_of_it in pairs])
+
+
+def _axes(field: ReceptiveField) -> list[tuple[int, int, int]]:
+    """(jump, start, size) of the rows and of the columns."""
+    return list(zip(field.jump, field.start, field.size, strict=True))
+
+
+def _field(axes: list[tuple[int, int, int]]) -> ReceptiveField:
+    jump, start, size = zip(*axes, strict=True)
+    return ReceptiveField(jump, start, size)

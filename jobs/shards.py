@@ -1,0 +1,34 @@
+"""Turn images into WebDataset shards with an index, or index shards that came from elsewhere.
+
+python jobs/shards.py rendered
+python jobs/shards.py imagefolder photos --out shards/photos
+python jobs/shards.py index data/*.tar --out shards/data
+"""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from pipeline import command
+from pipeline.sources.commands import Ilsvrc2012, ImageFolder, Index, Rendered, Torchvision, run
+
+Command = (
+    Annotated[Rendered, tyro.conf.subcommand("rendered")]
+    | Annotated[ImageFolder, tyro.conf.subcommand("imagefolder")]
+    | Annotated[Torchvision, tyro.conf.subcommand("torchvision")]
+    | Annotated[Ilsvrc2012, tyro.conf.subcommand("ilsvrc2012")]
+    | Annotated[Index, tyro.conf.subcommand("index")]
+)
+
+
+def main(source: Annotated[Command, command.FLAT]) -> int:
+    """Write shards, or the index of shards."""
+    return run(source)
+
+
+if __name__ == "__main__":
+    sys.exit(command.run(main, __doc__))

@@ -1,0 +1,132 @@
+"""Occlusion pages: figure 7 of the paper (figure 6 of its printed edition), for every image of the table."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from pipeline.atlas.heatmaps import Frame, Heat, LegendEntry, class_colours, colour_table, heat
+from pipeline.atlas.layers import Face
+from pipeline.atlas.projections import around_grey, projection_of
+from pipeline.atlas.records import SEMANTICS, Sources
+from pipeline.atlas.site import Site
+from pipeline.progress import say
+
+COLOUR_BAR = "assets/occlusion/colour-bar.png"
+_THUMBNAIL_PX = 160
+
+
+@dataclass(frozen=True)
+class Picture:
+    """What other pages show of an occluded image and link to."""
+
+    page: str
+    thumbnail: str
+    key: str
+    label: str | None
+    clean_class: str
+    right: bool | None
+    """Whether the most probable class is the true one; None without a label."""
+
+
+@dataclass(frozen=True)
+class Panels:
+    """All that an occlusion page draws."""
+
+    width: int
+    height: int
+    frame: Frame
+    example: tuple[int, int]
+    """Position (row, col) of the square that costs the target most."""
+    lowest: float
+    activation: Heat
+    probability: Heat
+    legend: list[tuple[LegendEntry, str]]
+    projection: tuple[int, int, int, int]
+    """Top, left, height, width of the projection in the image."""
+
+
+def write(site: Site, sources: Sources, facts: dict[str, Any], most: int, faces: Mapping[str, Face]) -> list[Picture]:
+    """A page for each image of the occlusion table, in its order; one image is held in memory at a time."""
+    total = min(most, sum(entry["rows"] for entry in sources.run.manifest(sources.occlusion).values()))
+    if not total:
+        return []
+    site.write_image(COLOUR_BAR, colour_table()[None])
+    pictures = []
+    for number, row in enumerate(islice(sources.occlusion_rows(), total), start=1):
+        pictures.append(_picture(site, number, row))
+        face = faces.get(row["layer"])
+        site.write_page(
+            pictures[-1].page,
+            "occlusion.html.j2",
+            run_name=sources.run.location.name,
+            number=number,
+            total=total,
+            row=row,
+            picture=pictures[-1],
+            panels=_panels(site, number, row, facts["classes"]),
+            semantics={name: row[name] for name in SEMANTICS},
+            asset=lambda panel, number=number: _asset(number, panel),
+            colour_bar=COLOUR_BAR,
+            layer_page=face.page if face else None,
+        )
+    say(f"atlas: {total} occlusion pages")
+    return pictures
+
+
+def _page(number: int) -> str:
+    return f"images/occlusion-{number}.html"
+
+
+def _asset(number: int, panel: str) -> str:
+    return f"assets/occlusion/{number}-{panel}.png"
+
+
+def _picture(site: Site, number: int, row: dict[str, Any]) -> Picture:
+    """Write the image and its thumbnail."""
+    site.write(_asset(number, "image"), row["image_png"])
+    small = Image.open(io.BytesIO(row["image_png"])).convert("RGB")
+    small.thumbnail((_THUMBNAIL_PX, _THUMBNAIL_PX))
+    buffer = io.BytesIO()
+    small.save(buffer, format="WEBP", quality=82, method=2)
+    thumbnail = f"assets/occlusion/{number}-thumbnail.webp"
+    site.write(thumbnail, buffer.getvalue())
+    right = None if row["label_name"] is None else row["clean_class"] == row["label"]
+    return Picture(_page(number), thumbnail, row["key"], row["label_name"], row["clean_class_name"], right)
+
+
+def _panels(site: Site, number: int, row: dict[str, Any], classes: list[str]) -> Panels:
+    """Write the maps and the projection, and say where they lie on the image."""
+    frame = Frame(row["grid_rows"], row["grid_cols"], row["occluder_px"], row["stride_px"])
+    grid = (frame.rows, frame.cols)
+    activation, probability = (heat(row[f"{name}_map"].reshape(grid)) for name in ("activation", "probability"))
+    drawn, legend = class_colours(row["class_map"].reshape(grid), row["target_class"])
+    projection = around_grey(projection_of(row))
+    panels = {"activation": activation.pixels, "probability": probability.pixels, "class": drawn}
+    for panel, pixels in {**panels, "projection": projection}.items():
+        site.write_image(_asset(number, panel), pixels)
+    width, height = Image.open(io.BytesIO(row["image_png"])).size
+    lowest = int(np.argmin(row["probability_map"]))
+    return Panels(
+        width,
+        height,
+        frame,
+        divmod(lowest, frame.cols),
+        float(row["probability_map"][lowest]),
+        activation,
+        probability,
+        [(entry, _class_name(entry, classes)) for entry in legend],
+        (max(row["top"], 0), max(row["left"], 0), *projection.shape[:2]),
+    )
+
+
+def _class_name(entry: LegendEntry, classes: list[str]) -> str:
+    if entry.number is None:
+        return f"{entry.classes} other classes"
+    return classes[entry.number] if 0 <= entry.number < len(classes) else f"class {entry.number}"

@@ -1,0 +1,91 @@
+"""From a stored projection or patch to the pixels of one tile.
+
+A tile shows the receptive field's whole box, at one scale for all tiles of a layer. Projection and patch are cut to
+the image, so at the image's border they fill only a part of the box; the rest is hatched, which is neither zero
+(grey) nor black. A projection is signed: zero is mid-grey, and each tile is scaled by its own largest value.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+Pixels = npt.NDArray[np.uint8]
+Floats = npt.NDArray[np.float32]
+
+ENLARGE_BY_PIXELS = 3.0
+"""From this scale on, pixels are shown as the squares they are; below, they are interpolated."""
+
+
+@dataclass(frozen=True)
+class Box:
+    """A receptive field in input pixels; it may leave the image at the top or the left (and at the other sides)."""
+
+    top: int
+    left: int
+    height: int
+    width: int
+
+
+def projection_of(row: Mapping[str, Any]) -> Floats:
+    """The projection of a row of deconv or occlusion, [height, width, RGB], divided by its largest absolute value.
+
+    All forms of `projection_columns` are read: flat float32 or float16, and 8-bit PNG.
+    """
+    stored, scale = row["projection"], float(row["projection_scale"])
+    if isinstance(stored, bytes):
+        return (np.asarray(Image.open(io.BytesIO(stored)).convert("RGB"), dtype=np.float32) - 128) / 127
+    shape = (row["projection_height"], row["projection_width"], 3)
+    values = np.asarray(stored, dtype=np.float32).reshape(shape)
+    # A float16 above 65504 was stored as inf: clipped, it is shown as what it is, the largest value.
+    return np.clip(values / (scale or 1.0), -1, 1)
+
+
+def around_grey(relative: Floats) -> Pixels:
+    """Pixels of values from -1 to 1: zero is mid-grey (128), as v / (2 max|v|) + 0.5."""
+    return np.rint(255 * (relative / 2 + 0.5)).astype(np.uint8)
+
+
+def patch_of(row: Mapping[str, Any]) -> Pixels:
+    """The patch of a row of deconv, [height, width, RGB]."""
+    return np.asarray(Image.open(io.BytesIO(row["patch_png"])).convert("RGB"))
+
+
+def tile(pixels: Pixels, box: Box, side: int) -> Pixels:
+    """The pixels at their place in the box, the box centred in a square [side, side, RGBA]; the rest is hatched."""
+    scale = side / max(box.height, box.width)
+    above = round((side - box.height * scale) / 2) if box.height < box.width else 0
+    before = round((side - box.width * scale) / 2) if box.width < box.height else 0
+    rows = [above + round(scale * r) for r in _span(box.top, pixels.shape[0])]
+    cols = [before + round(scale * c) for c in _span(box.left, pixels.shape[1])]
+    drawn = hatch(side)
+    drawn[rows[0] : rows[1], cols[0] : cols[1], :3] = _resized(pixels, rows[1] - rows[0], cols[1] - cols[0], scale)
+    drawn[rows[0] : rows[1], cols[0] : cols[1], 3] = 255
+    return drawn
+
+
+def _span(first: int, length: int) -> tuple[int, int]:
+    """Where the part that lies in the image begins and ends, counted from the box's own first pixel."""
+    begin = max(first, 0) - first
+    return begin, begin + length
+
+
+def _resized(pixels: Pixels, height: int, width: int, scale: float) -> Pixels:
+    if 0 in (height, width):
+        return np.zeros((height, width, 3), dtype=np.uint8)
+    how = Image.Resampling.NEAREST if scale >= ENLARGE_BY_PIXELS else Image.Resampling.BICUBIC
+    return np.asarray(Image.fromarray(pixels).resize((width, height), how))
+
+
+def hatch(side: int) -> Pixels:
+    """[side, side, RGBA]: thin half-transparent diagonals on nothing, which read on light and dark pages alike."""
+    rows, cols = np.indices((side, side))
+    drawn = np.zeros((side, side, 4), dtype=np.uint8)
+    drawn[(rows + cols) % 8 < 2] = (128, 128, 128, 110)
+    return drawn

@@ -1,0 +1,118 @@
+"""The folder that an atlas is written to: what was written, names that are safe in it, and templates."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from importlib.resources import files
+from typing import Any
+from urllib.parse import quote
+
+import jinja2
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from pipeline.storage import Location
+
+STATIC = ("atlas.css", "atlas.js")
+"""Files of the package that every atlas holds."""
+
+_LONGEST_NAME = 60
+_OWN_FOLDERS = ("static", "layers", "images", "assets")
+
+
+def file_stem(name: str) -> str:
+    """A file name (without its end) that stands for any text: the same one always, and none twice.
+
+    A plain lower-case name stands for itself; any other is made plain and told apart by a hash. An ordinal would
+    be shorter, but a layer that is added later would shift it and break every link to the layers behind.
+    """
+    plain = re.sub(r"[^a-z0-9._-]+", "-", name.lower()).strip(".-")[:_LONGEST_NAME]
+    if plain == name:
+        return plain
+    return f"{plain or 'layer'}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+
+
+@dataclass
+class Site:
+    """An atlas under way: paths are relative to its folder and use "/"."""
+
+    location: Location
+    written: set[str] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        self._templates = jinja2.Environment(
+            loader=jinja2.PackageLoader("pipeline.atlas"),
+            autoescape=True,
+            undefined=jinja2.StrictUndefined,
+            trim_blocks=True,
+            lstrip_blocks=True,
+        )
+        self._templates.filters.update(number=number, count=count, share=share, url=quote)
+
+    def write(self, path: str, data: bytes) -> None:
+        """Write one file, whole or not at all. Raises: StorageError."""
+        location = self.location
+        for part in path.split("/"):
+            location = location / part
+        location.write(data)
+        self.written.add(path)
+
+    def write_image(self, path: str, pixels: npt.NDArray[np.uint8]) -> None:
+        """Write [height, width, 3 or 4] pixels, exactly, as PNG."""
+        buffer = io.BytesIO()
+        Image.fromarray(pixels).save(buffer, format="PNG")
+        self.write(path, buffer.getvalue())
+
+    def write_page(self, path: str, template: str, **content: Any) -> None:
+        """Write a page; every string in it is escaped. `root` leads from the page to the atlas's folder."""
+        root = "../" * path.count("/")
+        page = self._templates.get_template(template).render(root=root, **content)
+        self.write(path, page.encode())
+
+    def write_static(self) -> None:
+        """Write style and script: they are the same for every run and hold none of its data."""
+        for name in STATIC:
+            self.write(f"static/{name}", (files("pipeline.atlas") / "static" / name).read_bytes())
+
+    def prune(self) -> None:
+        """Delete what an earlier build left and this one did not write, in the atlas's own folders."""
+        kept = self.written | {path.rsplit("/", depth)[0] for path in self.written for depth in (1, 2)}
+        for folder in _OWN_FOLDERS:
+            for name in (self.location / folder).names():
+                self._prune(f"{folder}/{name}", kept)
+
+    def _prune(self, path: str, kept: set[str]) -> None:
+        location = self.location
+        for part in path.split("/"):
+            location = location / part
+        if path not in kept:
+            location.delete()
+        elif path not in self.written:
+            for name in location.names():
+                self._prune(f"{path}/{name}", kept)
+
+
+def number(value: float | None) -> str:
+    """A measured value to three digits; a dash for none."""
+    return "–" if value is None or not np.isfinite(value) else f"{value:.3g}"
+
+
+def count(value: int) -> str:
+    """A whole number with its thousands apart."""
+    return f"{value:,}"
+
+
+def share(value: float | None) -> str:
+    """A share from 0 to 1 in per cent."""
+    return "–" if value is None or not np.isfinite(value) else f"{100 * value:.1f} %"
+
+
+def english_list(words: Iterable[str]) -> str:
+    """`a`, `a and b`, `a, b and c`."""
+    *first, last = words
+    return f"{', '.join(first)} and {last}" if first else last

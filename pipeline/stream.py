@@ -1,0 +1,165 @@
+"""The training stream: which image comes when, and its decoding in worker processes.
+
+The order of an epoch is a function of (seed, epoch) and the index alone: parts of consecutive samples are shuffled
+and dealt to logical readers, each shuffles within a window of its parts, and a global batch takes from the readers
+in turn. Rank r of W takes every W-th image of each global batch, so a batch is the same set for every W, and a
+resume is exact at any W. Augmentation is drawn from (seed, epoch, key).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from pipeline.shards import Index, Sample, Skipped
+from zfnet import images
+from zfnet.images import Preprocessing
+
+READERS = 16
+PART_SIZE = 64
+WINDOW_PARTS = 8
+
+Place = tuple[int, int]
+"""Epoch and row of the sample; epoch 0 stands for the undistorted centre crop."""
+
+
+def epoch_order(shards: npt.NDArray[np.generic], seed: int, epoch: int) -> npt.NDArray[np.int64]:
+    """The order in which an epoch takes the samples.
+
+    Args:
+        shards: [N] the shard of each sample, in index order.
+
+    Returns: [N] rows, each once.
+    """
+    rng = np.random.default_rng([seed, epoch])
+    borders = np.flatnonzero(shards[1:] != shards[:-1]) + 1
+    parts = [
+        run[start : start + PART_SIZE]
+        for run in np.split(np.arange(len(shards)), borders)
+        for start in range(0, len(run), PART_SIZE)
+    ]
+    shuffled = [parts[i] for i in rng.permutation(len(parts))]
+    rows, turns, readers = [], [], []
+    for reader in range(READERS):
+        mine = shuffled[reader::READERS]
+        windows = [np.concatenate(mine[i : i + WINDOW_PARTS]) for i in range(0, len(mine), WINDOW_PARTS)]
+        if not windows:
+            continue
+        stream = np.concatenate([rng.permutation(window) for window in windows])
+        rows.append(stream)
+        turns.append(np.arange(len(stream)))
+        readers.append(np.full(len(stream), reader))
+    in_turn = np.lexsort((np.concatenate(readers), np.concatenate(turns)))
+    order: npt.NDArray[np.int64] = np.concatenate(rows)[in_turn]
+    return order
+
+
+def rank_batches(
+    shards: npt.NDArray[np.generic], *, seed: int, first_epoch: int, epochs: int, batch: int, rank: int, world: int
+) -> Iterator[list[Place]]:
+    """The batches of one rank, epoch after epoch: its share of each global batch.
+
+    The samples that do not fill an epoch's last batch are left out of that epoch; they differ from epoch to epoch.
+    """
+    for epoch in range(first_epoch, epochs + 1):
+        order = epoch_order(shards, seed, epoch)
+        for start in range(0, len(order) - batch + 1, batch):
+            yield [(epoch, int(row)) for row in order[start + rank : start + batch : world]]
+
+
+@dataclass(frozen=True, eq=False)
+class Examples:
+    """A batch as it leaves the decoders."""
+
+    pixels: Tensor
+    """uint8 [N, crop_px, crop_px, 3], RGB."""
+    top: Tensor
+    """[N] of the crop in the square of resize_px."""
+    left: Tensor
+    label: Tensor
+    """int64 [N]."""
+    skipped: list[Skipped]
+
+
+class Images(Dataset[Any]):
+    """Labelled samples by place, decoded and cropped."""
+
+    def __init__(self, index: Index, rows: pa.Table, preprocessing: Preprocessing, seed: int) -> None:
+        self.index, self.rows, self.seed = index, rows, seed
+        self.resize_px, self.crop_px = preprocessing.resize_px, preprocessing.crop_px
+
+    def __len__(self) -> int:
+        return int(self.rows.num_rows)
+
+    def __getitems__(self, places: list[Place]) -> Examples:
+        """A batch; what cannot be read is in its `skipped`."""
+        found = self.index.read(self.rows.take([row for _, row in places]))
+        taken: list[tuple[images.Pixels, int, int, int]] = []
+        skipped: list[Skipped] = []
+        for (epoch, _), sample in zip(places, found, strict=True):
+            if isinstance(sample, Skipped):
+                skipped.append(sample)
+                continue
+            try:
+                taken.append(self._crop(sample, epoch))
+            except images.BadImage as error:
+                skipped.append(Skipped(sample.shard, sample.key, error.reason, error.detail))
+        return self._collate(taken, skipped)
+
+    def _crop(self, sample: Sample, epoch: int) -> tuple[images.Pixels, int, int, int]:
+        image = images.decode(sample.image)
+        label = sample.label
+        assert label is not None  # rows are chosen by `labelled`
+        if epoch == 0:
+            pixels, _ = images.centre_crop(image, self.resize_px, self.crop_px)
+            start = images.centre_offset(self.resize_px, self.crop_px)
+            return pixels, start, start, label
+        digest = hashlib.blake2b(f"{self.seed} {epoch} {sample.key}".encode("utf-8", "surrogatepass"), digest_size=8)
+        rng = np.random.default_rng(int.from_bytes(digest.digest(), "little"))
+        return (*images.random_crop(image, self.resize_px, self.crop_px, rng), label)
+
+    def _collate(self, taken: list[tuple[images.Pixels, int, int, int]], skipped: list[Skipped]) -> Examples:
+        side = self.crop_px
+        pixels = np.stack([item[0] for item in taken]) if taken else np.empty((0, side, side, 3), dtype=np.uint8)
+        top, left, label = (torch.tensor([item[i] for item in taken], dtype=torch.int64) for i in (1, 2, 3))
+        return Examples(torch.from_numpy(pixels), top, left, label, skipped)
+
+
+def labelled(index: Index, split: str, classes: int) -> tuple[pa.Table, list[Skipped]]:
+    """The samples of a split that training and evaluation can use, and the others with the reason."""
+    rows = index.split(split)
+    usable, skipped = [], []
+    for number, row in enumerate(rows.select(["shard", "key", "label"]).to_pylist()):
+        if row["label"] is None:
+            skipped.append(Skipped(row["shard"], row["key"], "no_label", "it has no member .cls with a class number"))
+        elif row["label"] >= classes:
+            detail = f"label {row['label']}, and there are {classes} classes"
+            skipped.append(Skipped(row["shard"], row["key"], "label_out_of_range", detail))
+        else:
+            usable.append(number)
+    return rows.take(pa.array(usable, type=pa.int64())), skipped
+
+
+def loader(images_: Images, batches: Any, decoders: int) -> DataLoader[Any]:
+    """A loader over batches of places, decoding ahead in `decoders` processes (0: in this one)."""
+    return DataLoader(
+        images_,
+        batch_sampler=batches,
+        num_workers=decoders,
+        collate_fn=_as_is,
+        persistent_workers=decoders > 0,
+        prefetch_factor=4 if decoders else None,
+    )
+
+
+def _as_is(examples: Any) -> Any:
+    return examples

@@ -1,0 +1,228 @@
+"""Training on Ray Train: any number of workers, CPU or GPU, resumed after a crash at the last epoch's end.
+
+The data order, the augmentation and the learning rate are functions of (seed, epoch, step): see pipeline/stream.py
+and zfnet/recipe.py. Checkpoints are our own (pipeline/checkpoints.py), so the same command goes on where it stopped,
+on any number of workers.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+from pipeline import cluster, metrics, tables
+from pipeline.cluster import Workers
+from pipeline.errors import FORESEEN, SweepFailed
+from pipeline.loop import Plan, Trainer, describe
+from pipeline.progress import say
+from pipeline.runs import Run, RunError
+from pipeline.sources.default import DEFAULT, shards_or_default
+from pipeline.storage import Location
+from pipeline.stream import labelled
+from zfnet import models
+from zfnet.recipe import Recipe, recipe_for
+
+MAX_FAILURES = 3
+"""How often Ray Train starts the workers again after one of them died."""
+
+EXIT_SKIPPED = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What training takes; recipe fields that are not given are those of the network's preset."""
+
+    run: str = "runs/demo"
+    """Run directory to write: a local path, s3:// or gs://."""
+    data: str = DEFAULT
+    """Folder of the shards; the default is drawn if it is missing."""
+    index: str | None = None
+    """Folder of the shards' index, where it is not in the folder of the shards."""
+    architecture: str = "zfnet_small"
+    """Network, by name."""
+    epochs: int | None = None
+    """Passes over the training images."""
+    batch: int | None = None
+    """Images of a step, over all workers."""
+    learning_rate: float | None = None
+    """Learning rate at the start."""
+    seed: int = 0
+    """Seed of weights, order and augmentation."""
+    train_split: str = "train"
+    """Split to train on."""
+    validation_split: str = "val"
+    """Split to validate on after each epoch, with the centre crop."""
+    address: str | None = None
+    """Ray cluster to join; default the one of `ray job submit`, else an own one."""
+    max_skipped: float = 0.01
+    """Largest share of samples that may be skipped; above it the job ends with exit status 3."""
+    decoders: int | None = None
+    """Processes of each worker that decode images; default its number of CPUs, 0: the worker decodes itself."""
+    workers: Workers = field(default_factory=Workers)
+    """What the job asks of the cluster."""
+
+
+def run(options: Options) -> int:
+    """Train, or go on. Returns the exit status: 0, or 3 above --max-skipped.
+
+    Raises: RunError, BadShards, StorageError, CannotSchedule, SweepFailed, each with a message for the user.
+    """
+    plan = _plan(options)
+    directory = Run.at(options.run)
+    if (directory.location / "run.json").exists():
+        _refuse_other(directory, directory.describe().get("training", {}), plan)
+        say(f"train: finished already: {directory.location}")
+        return _status(directory, plan, options.max_skipped)
+    _claim(directory, plan)
+    say(f"train: {json.dumps(asdict(plan))}")
+    started = time.time()
+    with _reporting(directory, plan.recipe.epochs):
+        if options.workers.num == 0:
+            Trainer(plan, rank=0, world=1, device="cpu", decoders=options.decoders or 0).run()
+        else:
+            _on_ray(options, plan, directory)
+    if not (directory.location / "run.json").exists():
+        raise SweepFailed(f"train: ended without a model in {directory.location}; give the same command again")
+    model_id = directory.describe()["model_id"]
+    say(f"train: model {model_id} after {time.time() - started:.1f} s: {directory.location}")
+    return _status(directory, plan, options.max_skipped)
+
+
+def _plan(options: Options) -> Plan:
+    """Everything that can be refused without training is refused here."""
+    index = shards_or_default(options.data, options.index)
+    if options.architecture not in models.names():
+        models.build(options.architecture)  # raises, naming the nearest
+    recipe = _recipe(options)
+    if len(index.classes) < 2:
+        raise RunError(f"{options.data} has {len(index.classes)} classes: training needs at least 2")
+    counts = {}
+    for split in (options.train_split, options.validation_split):
+        usable, skipped = labelled(index, split, len(index.classes))
+        counts[split] = usable.num_rows
+        if not usable.num_rows:
+            reasons = Counter(found.reason for found in skipped)
+            raise RunError(
+                f"the split {split!r} holds no image with a usable label ({dict(reasons)}): training needs labels"
+            )
+    if counts[options.train_split] < recipe.batch:
+        raise RunError(
+            f"--batch is {recipe.batch}, and the split {options.train_split!r} holds {counts[options.train_split]} "
+            "images: give at most that"
+        )
+    return Plan(
+        run=str(Run.at(options.run).location),
+        data=str(Location.of(options.data)),
+        index=options.index and str(Location.of(options.index)),
+        architecture=options.architecture,
+        recipe=recipe,
+        seed=options.seed,
+        train_split=options.train_split,
+        validation_split=options.validation_split,
+        train_data_id=index.data_id(options.train_split),
+        validation_data_id=index.data_id(options.validation_split),
+        train_samples=counts[options.train_split],
+    )
+
+
+def _recipe(options: Options) -> Recipe:
+    """The network's preset with what was given on the command line."""
+    given = {name: getattr(options, name) for name in ("epochs", "batch", "learning_rate")}
+    return replace(
+        recipe_for(options.architecture), **{name: value for name, value in given.items() if value is not None}
+    )
+
+
+def _claim(directory: Run, plan: Plan) -> None:
+    """Write what this run trains before anything else, or check that it is the same. Raises: RunError, StorageError."""
+    claim = directory.location / "checkpoints" / "training.json"
+    if claim.exists():
+        _refuse_other(directory, json.loads(claim.read()), plan)
+    claim.write(json.dumps(describe(plan), indent=1).encode())
+
+
+def _refuse_other(directory: Run, known: dict[str, Any], plan: Plan) -> None:
+    asked = json.loads(json.dumps(describe(plan)))
+    differing = [name for name in sorted(known | asked) if known.get(name) != asked.get(name)]
+    if differing:
+        detail = "; ".join(f"{name}: {known.get(name)!r} there, asked {asked.get(name)!r}" for name in differing)
+        raise RunError(
+            f"{directory.location} holds another training ({detail}): give the options it was begun with to go on, "
+            "or another --run"
+        )
+
+
+@contextmanager
+def _reporting(directory: Run, epochs: int) -> Iterator[None]:
+    """Say each epoch as its metrics appear, wherever the workers run."""
+    stop = threading.Event()
+    said = metrics.read(directory).num_rows
+
+    def report() -> None:
+        nonlocal said
+        while True:
+            ended = stop.wait(1.0)
+            rows = metrics.read(directory).slice(said).to_pylist()
+            for row in rows:
+                _say_epoch(row, epochs)
+            said += len(rows)
+            if ended:
+                return
+
+    thread = threading.Thread(target=report, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+
+
+def _say_epoch(row: dict[str, Any], epochs: int) -> None:
+    minutes, seconds = divmod(round(row["seconds"] * (epochs - row["epoch"])), 60)
+    say(
+        f"train: epoch {row['epoch']}/{epochs}  loss {row['train_loss']:.3f}  top-1 {row['validation_top1']:.1%}  "
+        f"top-5 {row['validation_top5']:.1%}  {row['images_per_second']:.0f} images/s  "
+        f"waiting {row['data_wait_share']:.0%}  {minutes:02d}:{seconds:02d} left"
+    )
+
+
+def _on_ray(options: Options, plan: Plan, directory: Run) -> None:
+    """Train on the cluster with Ray Train."""
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
+    with cluster.connected(options.address):
+        resources = cluster.resolve(options.workers)
+        decoders = options.decoders if options.decoders is not None else resources.cpus
+        problem = directory.unfinished("train") / "error.txt"
+        problem.delete()
+        cluster.fit(_worker, {"plan": plan, "decoders": decoders}, resources, MAX_FAILURES)
+        if problem.exists():
+            message = problem.read().decode()
+            directory.unfinished("train").delete()
+            raise SweepFailed(f"train: {message}")
+    directory.unfinished("train").delete()
+
+
+def _worker(config: dict[str, Any]) -> None:
+    """What Ray Train runs on each worker. Foreseen errors are written down: trying again would not help."""
+    rank, world, device = cluster.train_context()
+    plan: Plan = config["plan"]
+    try:
+        Trainer(plan, rank=rank, world=world, device=device, decoders=config["decoders"]).run()
+    except FORESEEN as error:
+        (Run.at(plan.run).unfinished("train") / "error.txt").write(str(error).encode())
+
+
+def _status(directory: Run, plan: Plan, max_skipped: float) -> int:
+    location = directory.location / "results" / "skipped" / "train.parquet"
+    skipped = tables.read(location).num_rows if location.exists() else 0
+    if skipped:
+        say(f"train: {skipped} samples skipped; see results/skipped/train.parquet")
+    return EXIT_SKIPPED if skipped > max_skipped * (plan.train_samples + skipped) else 0

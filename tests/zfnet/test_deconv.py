@@ -1,0 +1,380 @@
+"""Projections against the paper's definition written out cell by cell, against captum, and against gradients."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision
+from captum.attr import Deconvolution, GuidedBackprop
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from networks import Branches, chains, error, zfnet_like
+from torch import Tensor, fx, nn
+from torch.overrides import TorchFunctionMode
+
+from zfnet.deconv import Cells, Semantics, Unprojectable, project, record
+from zfnet.graph import trace
+from zfnet.receptive import receptive_field
+
+# --- the slow twin: ECCV 2014 Sec. 2.1, whole maps, one cell at a time -----------------------------------------------
+
+
+def naive_projection(chain, image: Tensor, feature_map: int, row: int, col: int, unpool: str = "sum") -> Tensor:
+    """The projection [channels, rows, cols] of one cell of the last module's output, for an nn.Sequential."""
+    inputs, x = [], image[None]
+    for module in chain:
+        inputs.append(x)
+        x = module(x)
+    signal = torch.zeros_like(x)
+    signal[0, feature_map, row, col] = x[0, feature_map, row, col]
+    for module, seen in zip(reversed(chain), reversed(inputs), strict=True):
+        if isinstance(module, nn.ReLU):
+            signal = signal.clamp(min=0)
+        elif isinstance(module, nn.Conv2d):
+            signal = transposed_filtering(signal, module, seen.shape)
+        elif isinstance(module, nn.MaxPool2d):
+            signal = naive_unpooling(signal, module, seen, unpool)
+        elif isinstance(module, nn.ZeroPad2d):
+            left, right, top, bottom = module.padding
+            signal = signal[:, :, top : signal.shape[2] - bottom, left : signal.shape[3] - right]
+        else:  # "we do not use any contrast normalization operations when in this reconstruction path"
+            assert isinstance(module, nn.LocalResponseNorm | nn.Identity)
+    return signal[0]
+
+
+def transposed_filtering(signal: Tensor, conv: nn.Conv2d, shape) -> Tensor:
+    """Every output cell paints its filter, weighted, onto the cells it was computed from; no bias."""
+    below = torch.zeros(shape, dtype=signal.dtype)
+    per_group = conv.out_channels // conv.groups
+    (sr, sc), (pr, pc), (dr, dc) = conv.stride, conv.padding, conv.dilation
+    for _, o, i, j in signal.nonzero().tolist():
+        first = o // per_group * conv.weight.shape[1]
+        for a in range(conv.kernel_size[0]):
+            for b in range(conv.kernel_size[1]):
+                r, c = i * sr - pr + a * dr, j * sc - pc + b * dc
+                if 0 <= r < shape[2] and 0 <= c < shape[3]:
+                    below[0, first : first + conv.weight.shape[1], r, c] += signal[0, o, i, j] * conv.weight[o, :, a, b]
+    return below
+
+
+def naive_unpooling(signal: Tensor, pool: nn.MaxPool2d, seen: Tensor, unpool: str) -> Tensor:
+    """Each signal to the place of its window's first maximum; `unpool` says what a place with several signals gets."""
+    pair = lambda v: v if isinstance(v, tuple) else (v, v)  # noqa: E731
+    (kr, kc), (sr, sc), (pr, pc), (dr, dc) = (
+        pair(v) for v in (pool.kernel_size, pool.stride, pool.padding, pool.dilation)
+    )
+    rows, cols = seen.shape[2:]
+    signals: dict[tuple, list] = {}
+    for m in range(signal.shape[1]):
+        for i in range(signal.shape[2]):
+            for j in range(signal.shape[3]):
+                window = [
+                    (r, c)
+                    for r in (i * sr - pr + a * dr for a in range(kr))
+                    for c in (j * sc - pc + b * dc for b in range(kc))
+                    if 0 <= r < rows and 0 <= c < cols
+                ]
+                switch = max(window, key=lambda at: seen[0, m, at[0], at[1]].item())  # max: the first of equals
+                signals.setdefault((m, *switch), []).append(signal[0, m, i, j].item())
+    rule = {"sum": sum, "mean": lambda v: sum(v) / len(v), "max": max, "last": lambda v: v[-1]}[unpool]
+    below = torch.zeros_like(seen)
+    for (m, r, c), values in signals.items():
+        below[0, m, r, c] = rule(values)
+    return below
+
+
+def whole(projections, index: int, image_shape) -> Tensor:
+    """One projection on the image's own canvas; nothing may be lost outside it."""
+    pixels, top, left = projections.pixels[index], int(projections.top[index]), int(projections.left[index])
+    margin = 2 * max(*pixels.shape[1:], *image_shape[1:])
+    canvas = torch.zeros(image_shape[0], image_shape[1] + 2 * margin, image_shape[2] + 2 * margin, dtype=pixels.dtype)
+    canvas[:, margin + top : margin + top + pixels.shape[1], margin + left : margin + left + pixels.shape[2]] = pixels
+    inner = canvas[:, margin:-margin, margin:-margin]
+    assert canvas.count_nonzero() == inner.count_nonzero()
+    return inner
+
+
+def some_cells(activation: Tensor, count: int = 4, seed: int = 0) -> Cells:
+    """All four corners' strongest maps, and random cells that fire."""
+    generator = torch.Generator().manual_seed(seed)
+    images, _, rows, cols = activation.shape
+    corners = [(0, 0), (0, cols - 1), (rows - 1, 0), (rows - 1, cols - 1)]
+    picks = [(k % images, int(activation[k % images, :, r, c].argmax()), r, c) for k, (r, c) in enumerate(corners)]
+    firing = (activation > 0).nonzero()
+    picks += firing[torch.randperm(len(firing), generator=generator)[:count]].tolist()
+    return Cells(*torch.tensor(picks).T)
+
+
+# --- against the definition ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layer", ["conv1", "conv2", "conv3", "conv5"])
+def test_zfnet_with_contrast_normalisation_projects_as_the_paper_defines_it(layer):
+    torch.manual_seed(1)
+    model = zfnet_like((3, 4, 4, 4, 4)).double()
+    images = torch.randn(2, 3, 95, 127, dtype=torch.float64)
+    graph = trace(model, images.shape[1:])
+    kept = record(graph, images, [layer])
+    cells = some_cells(kept.activation(layer))
+    projections = project(kept, layer, cells)
+    upto = list(graph.operations).index(graph.activation_of(layer))  # the first operation is the input
+    with torch.no_grad():
+        for index, (image, *cell) in enumerate(zip(*(c.tolist() for c in cells), strict=True)):
+            reference = naive_projection(model[:upto], images[image], *cell)
+            assert error(whole(projections, index, images.shape[1:]), reference) <= 1e-12
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    chain=chains(sizes=(6, 13), depth=(2, 4)), unpool=st.sampled_from(["sum", "max", "last"]), seed=st.integers(0, 99)
+)
+def test_random_integer_chains_project_exactly(chain, unpool, seed):
+    model, shape = chain
+    images = torch.randint(-2, 3, (2, *shape), generator=torch.Generator().manual_seed(seed)).double()
+    graph = trace(model, shape)
+    kept = record(graph, images, [graph.output], Semantics(unpool=unpool))
+    cells = some_cells(kept.activation(graph.output), 2, seed)
+    projections = project(kept, graph.output, cells)
+    with torch.no_grad():
+        for index, (image, *cell) in enumerate(zip(*(c.tolist() for c in cells), strict=True)):
+            reference = naive_projection(model, images[image], *cell, unpool)
+            assert torch.equal(whole(projections, index, shape), reference)
+
+
+@settings(max_examples=20, deadline=None)
+@given(chain=chains(sizes=(6, 13), depth=(2, 4)), seed=st.integers(0, 99))
+def test_the_mean_of_shared_switches(chain, seed):
+    model, shape = chain
+    images = torch.randint(-2, 3, (1, *shape), generator=torch.Generator().manual_seed(seed)).double()
+    graph = trace(model, shape)
+    kept = record(graph, images, [graph.output], Semantics(unpool="mean"))
+    cells = some_cells(kept.activation(graph.output), 2, seed)
+    projections = project(kept, graph.output, cells)
+    with torch.no_grad():
+        for index, (_, *cell) in enumerate(zip(*(c.tolist() for c in cells), strict=True)):
+            reference = naive_projection(model, images[0], *cell, "mean")
+            assert error(whole(projections, index, shape), reference) <= 1e-12
+
+
+def test_a_pool_cell_unpooled_and_pooled_again_is_itself_under_the_mean():
+    pool = nn.MaxPool2d(3, 2)
+    images = torch.rand(1, 2, 9, 9, dtype=torch.float64)
+    graph = trace(nn.Sequential(pool), (2, 9, 9))
+    kept = record(graph, images, ["0"], Semantics(unpool="last"))
+    projection = project(kept, "0", Cells(*torch.tensor([[0], [1], [2], [3]])))
+    assert projection.pixels.max() == kept.activation("0")[0, 1, 2, 3]
+    assert (projection.pixels > 0).sum() == 1
+
+
+# --- against captum --------------------------------------------------------------------------------------------------
+
+
+def up_to(model: nn.Module, graph, layer: str) -> nn.Module:
+    """The model cut off at a layer's activation, without in-place ReLUs (captum's hooks do not bear them)."""
+    cut = fx.symbolic_trace(copy.deepcopy(model))
+    wanted = graph.activation_of(layer)
+    node = next(n for n in cut.graph.nodes if wanted in (n.name, n.target))
+    cut.graph.output_node().args = (node,)
+    cut.graph.eliminate_dead_code()
+    cut.recompile()
+    for module in cut.modules():
+        if isinstance(module, nn.ReLU):
+            module.inplace = False
+    return cut.eval()
+
+
+def captum_error(model: nn.Module, images: Tensor, layer: str, method=Deconvolution, **semantics) -> float:
+    """The largest error over some cells; captum starts from 1, so it is scaled by the activation."""
+    graph = trace(model, images.shape[1:])
+    kept = record(graph, images, [layer], Semantics(**semantics))
+    cells = some_cells(kept.activation(layer))
+    projections = project(kept, layer, cells)
+    attribution, worst = method(up_to(model, graph, layer)), 0.0
+    flat = len(graph[graph.activation_of(layer)].shape) == 1
+    for index, (image, *cell) in enumerate(zip(*(c.tolist() for c in cells), strict=True)):
+        x = images[image : image + 1].clone().requires_grad_()
+        unit = attribution.attribute(x, target=cell[0] if flat else tuple(cell)).detach()[0]
+        reference = unit * kept.activation(layer)[image, cell[0], cell[1], cell[2]]
+        worst = max(worst, error(whole(projections, index, images.shape[1:]), reference))
+    return worst
+
+
+@pytest.mark.parametrize("layer", ["conv1", "conv2", "conv4", "conv5", "fc6", "fc8"])
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
+@pytest.mark.filterwarnings("ignore")
+def test_captum_agrees_on_zfnet_without_normalisation(layer, dtype, bound):
+    torch.manual_seed(2)
+    model = zfnet_like(normalisation=False, classes=4).to(dtype)
+    assert captum_error(model, torch.randn(2, 3, 224, 224, dtype=dtype), layer) <= bound
+
+
+TORCHVISION = [
+    ("alexnet", 127, ["features.0", "features.3", "features.10"]),
+    ("vgg11_bn", 64, ["features.4", "features.25"]),
+    ("resnet18", 97, ["conv1", "layer1.1.conv2", "layer2.0.conv1", "layer4.1.conv2", "layer2_1_relu_1"]),
+    ("squeezenet1_1", 95, ["features.3.squeeze", "features.12.expand3x3", "classifier.1"]),
+    ("densenet121", 64, ["features.denseblock1.denselayer6.conv2", "features.denseblock3.denselayer2.conv1"]),
+]
+
+
+@pytest.mark.parametrize(("name", "size", "layers"), TORCHVISION, ids=[name for name, _, _ in TORCHVISION])
+@pytest.mark.filterwarnings("ignore")
+def test_captum_agrees_on_torchvision_networks(name, size, layers):
+    torch.manual_seed(3)
+    model = torchvision.models.get_model(name, weights=None).eval().double()
+    images = torch.randn(1, 3, size, size + 10, dtype=torch.float64)
+    for layer in layers:
+        assert captum_error(model, images, layer) <= 1e-12, layer
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_guided_agrees_with_captums_guided_backpropagation():
+    torch.manual_seed(4)
+    model = zfnet_like(normalisation=False).double()
+    images = torch.randn(2, 3, 96, 96, dtype=torch.float64)
+    assert captum_error(model, images, "conv4", GuidedBackprop, relu="guided") <= 1e-12
+
+
+# --- against gradients -----------------------------------------------------------------------------------------------
+
+
+class Rectified(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clamp(min=0)
+
+    @staticmethod
+    def backward(ctx, signal):
+        return signal.clamp(min=0)
+
+
+class RectifyOnTheWayDown(TorchFunctionMode):
+    """Every ReLU, in whatever form, rectifies the gradient (captum sees only the modules)."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func in (F.relu, torch.relu, torch.relu_, Tensor.relu, Tensor.relu_):
+            return Rectified.apply(args[0])
+        return func(*args, **(kwargs or {}))
+
+
+def gradient_error(model, images, layer, rectify: bool, **semantics) -> float:
+    graph = trace(model, images.shape[1:])
+    kept = record(graph, images, [layer], Semantics(seed="one", **semantics))
+    cells = some_cells(kept.activation(layer))
+    projections = project(kept, layer, cells)
+    cut, worst = up_to(model, graph, layer), 0.0
+    for index, (image, *cell) in enumerate(zip(*(c.tolist() for c in cells), strict=True)):
+        x = images[image : image + 1].clone().requires_grad_()
+        if rectify:
+            with RectifyOnTheWayDown():
+                y = cut(x)
+        else:
+            y = cut(x)
+        (reference,) = torch.autograd.grad(y.reshape(kept.activation(layer)[:1].shape)[(0, *cell)], x)
+        worst = max(worst, error(whole(projections, index, images.shape[1:]), reference[0]))
+    return worst
+
+
+@pytest.mark.parametrize("layer", ["stem", "left", "right", "cat", "shrink", "down", "last", "fc", "avg_pool2d"])
+@pytest.mark.parametrize("relu", ["deconvnet", "gradient"])
+def test_branches_sum_their_windows(layer, relu):
+    torch.manual_seed(5)
+    model = Branches().eval().double()
+    images = torch.randn(2, 3, 37, 61, dtype=torch.float64)
+    assert gradient_error(model, images, layer, rectify=relu == "deconvnet", relu=relu) <= 1e-12
+
+
+def test_functional_relus_of_googlenet_rectify_too():
+    torch.manual_seed(6)
+    model = torchvision.models.googlenet(weights=None, init_weights=False, aux_logits=False).eval().double()
+    images = torch.randn(1, 3, 64, 64, dtype=torch.float64)
+    assert gradient_error(model, images, "inception4a.branch3.1.conv", rectify=True) <= 1e-12
+
+
+@pytest.mark.parametrize("layer", ["conv2", "conv5", "fc8"])
+def test_all_options_gradient_is_the_gradient(layer):
+    torch.manual_seed(7)
+    model = zfnet_like(classes=3).double()
+    images = torch.randn(1, 3, 224, 224, dtype=torch.float64)
+    assert gradient_error(model, images, layer, rectify=False, relu="gradient", normalisation="gradient") <= 1e-12
+
+
+@settings(max_examples=40, deadline=None)
+@given(chain=chains(pools=("max", "average")), seed=st.integers(0, 99))
+def test_the_way_down_is_the_adjoint_of_the_way_up(chain, seed):
+    model, shape = chain
+    images = torch.randn(1, *shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    assert gradient_error(model, images, trace(model, shape).output, rectify=False, relu="gradient") <= 1e-12
+
+
+# --- what must not matter, and refusals ------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def zfnet():
+    torch.manual_seed(8)
+    graph = trace(zfnet_like(classes=3), (3, 224, 224))
+    images = torch.randn(3, 3, 224, 224)
+    return graph, images, record(graph, images, ["conv1", "conv3", "fc6"])
+
+
+def test_windows_are_the_receptive_fields_and_zero_outside_the_image(zfnet):
+    graph, _, kept = zfnet
+    cells = some_cells(kept.activation("conv3"))
+    pixels, top, left = project(kept, "conv3", cells)
+    expected = receptive_field(graph, "conv3").box(cells.row, cells.col)
+    assert torch.equal(top, expected[0])
+    assert torch.equal(left, expected[1])
+    assert pixels.shape == (8, 3, 75, 75)
+    assert not pixels[0, :, :16].any()  # the cell (0, 0) begins 16 pixels above the image
+    assert pixels[0].any()
+    assert pixels.min() < 0 < pixels.max()  # the pixels themselves are not rectified
+
+
+def test_nothing_depends_on_the_company_a_cell_is_in(zfnet):
+    _, _, kept = zfnet
+    cells = some_cells(kept.activation("conv3"), 12)
+    together = project(kept, "conv3", cells).pixels
+    assert torch.equal(project(kept, "conv3", cells).pixels, together)
+    alone = torch.cat([project(kept, "conv3", Cells(*(c[i : i + 1] for c in cells))).pixels for i in range(16)])
+    assert error(alone, together) <= 1e-5
+    assert error(project(kept, "conv3", cells, window_batch=5).pixels, together) <= 1e-5
+
+
+def test_no_cells_give_no_projections(zfnet):
+    pixels, top, left = project(zfnet[2], "conv1", Cells(*torch.zeros(4, 0, dtype=torch.long)))
+    assert (pixels.shape, len(top), len(left)) == ((0, 3, 7, 7), 0, 0)
+
+
+def test_a_cell_that_does_not_fire_projects_to_nothing(zfnet):
+    _, _, kept = zfnet
+    silent = (kept.activation("conv3") == 0).nonzero()[:3]
+    assert not project(kept, "conv3", Cells(*silent.T)).pixels.any()
+
+
+def test_the_model_and_the_images_are_left_alone(zfnet):
+    graph, images, _ = zfnet
+    before = images.clone()
+    kept = record(graph, images, ["conv5"], Semantics(normalisation="gradient", relu="guided"))
+    projections = project(kept, "conv5", some_cells(kept.activation("conv5")))
+    assert torch.equal(images, before)
+    assert not projections.pixels.requires_grad
+    assert all(p.grad is None for p in graph["conv1"].module.parameters())
+
+
+def test_refusals(zfnet):
+    _, images, kept = zfnet
+    one = torch.zeros(1, dtype=torch.long)
+    with pytest.raises(ValueError, match="'conv2' was not recorded, only conv1, conv3, fc6"):
+        project(kept, "conv2", Cells(one, one, one, one))
+    with pytest.raises(ValueError, match="row 55 was given; layer 'conv3' has 0 to 12"):
+        project(kept, "conv3", Cells(one, one, one + 55, one))
+    with pytest.raises(ValueError, match="four integer tensors"):
+        project(kept, "conv3", Cells(one, one, one, one.float()))
+    with pytest.raises(ValueError, match=r"unpool='average' was given; expected one of sum, mean, max, last"):
+        Semantics(unpool="average")
+    mobilenet = trace(torchvision.models.mobilenet_v2(weights=None), (3, 64, 64))
+    record(mobilenet, images[:, :, :64, :64], ["features.0.0"])  # nothing unknown beneath it
+    with pytest.raises(Unprojectable, match=r"'features.18.0'.*features.0.2 \(ReLU6\)"):
+        record(mobilenet, images[:, :, :64, :64], ["features.18.0"])
