@@ -102,7 +102,8 @@ def resolve(workers: Workers) -> Resources:
     usable = [node for node in found if node.get("CPU", 0) >= 1 and node.get("GPU", 0) >= gpus]
     if not usable:
         raise CannotSchedule(f"an actor needs at least 1 CPU and {gpus:g} GPUs; {_describe(found)}")
-    per_node = [max(1, int(node["GPU"] // gpus)) if gpus else 1 for node in usable]
+    share = -(-workers.num // len(usable)) if workers.num else 1
+    per_node = [max(share, int(node["GPU"] // gpus)) if gpus else share for node in usable]
     cpus = workers.cpus or max(1, int(min(node["CPU"] // n for node, n in zip(usable, per_node, strict=True))))
     room = sum(
         int(min(node["CPU"] // cpus, node.get("GPU", 0) // gpus if gpus else node["CPU"] // cpus)) for node in usable

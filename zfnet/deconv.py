@@ -108,7 +108,7 @@ def record(graph: Graph, images: Tensor, layers: Sequence[str], semantics: Seman
 
 
 @torch.no_grad()
-def project(record: Record, layer: str, cells: Cells, window_batch: int = 32) -> Projections:
+def project(record: Record, layer: str, cells: Cells, window_batch: int = 16) -> Projections:
     """Project cells of a recorded layer, each alone, down to the pixels of its receptive field.
 
     At most `window_batch` windows are in memory at a time; beside rounding the result does not depend on it. Raises

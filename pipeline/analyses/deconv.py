@@ -162,6 +162,8 @@ def _finished(context: Context) -> dict[str, Any]:
 def plan(context: Context) -> Plan:
     """The images that hold a cell of the top9 table; a slice for each layer."""
     layers = list(_finished(context))
+    blank = torch.zeros(1, *context.graph.input_shape, device=context.device)
+    deconv.record(context.graph, blank, layers, context.config.semantics)  # refuses what cannot be projected
     keys = pa.chunked_array([_cells(context, [layer])["key"].combine_chunks() for layer in layers]).unique()
     samples = context.index.split(context.split)
     return Plan(layers, samples.filter(pc.is_in(samples["key"], keys)))
@@ -184,8 +186,7 @@ class LayerCells:
 
 
 def setup(context: Context, layers: list[str]) -> dict[str, LayerCells]:
-    """Refuse what cannot be projected, then read the cells."""
-    deconv.require_projectable(context.graph, layers)
+    """Read the cells of each layer."""
     found = {}
     for layer in layers:
         rows = _cells(context, [layer])

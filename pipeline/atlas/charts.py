@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from matplotlib.ticker import MaxNLocator
@@ -53,7 +53,7 @@ class Chart:
 
 
 def chart(
-    title: str, epochs: Sequence[int], curves: dict[str, Sequence[float]], *, percent: bool = False
+    title: str, epochs: Sequence[int], curves: Mapping[str, Sequence[float]], *, percent: bool = False
 ) -> Chart | None:
     """The curves over the epochs, from zero up; values that are not finite are left out. None for nothing to draw."""
     highest = max((v for values in curves.values() for v in values if math.isfinite(v)), default=None)

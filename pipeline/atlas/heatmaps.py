@@ -22,7 +22,7 @@ PALETTE = (
     "#0072b2", "#e69f00", "#009e73", "#cc79a7", "#d55e00",
     "#56b4e9", "#f0e442", "#332288", "#882255", "#44aa99",
 )  # fmt: skip
-"""Okabe and Ito's colours, told apart by colour-blind readers too, then three of Paul Tol's. The first is the target's."""
+"""Okabe and Ito's colours, which colour-blind readers tell apart, then three of Tol's; the first is the target's."""
 OTHERS = "#9a9a9a"
 
 

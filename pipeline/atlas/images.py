@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -63,21 +64,30 @@ def write(site: Site, sources: Sources, facts: dict[str, Any], most: int, faces:
         pictures.append(_picture(site, number, row))
         face = faces.get(row["layer"])
         site.write_page(
-            pictures[-1].page,
+            _page(number),
             "occlusion.html.j2",
             run_name=sources.run.location.name,
             number=number,
             total=total,
+            before=_link(number - 1, total),
+            after=_link(number + 1, total),
             row=row,
             picture=pictures[-1],
             panels=_panels(site, number, row, facts["classes"]),
-            semantics={name: row[name] for name in SEMANTICS},
-            asset=lambda panel, number=number: _asset(number, panel),
+            target=_class_name(row["target_class"], facts["classes"]),
+            is_label=row["target_class"] == row["label"],
+            semantics_used={name: row[name] for name in SEMANTICS},
+            asset=partial(_asset, number),
             colour_bar=COLOUR_BAR,
             layer_page=face.page if face else None,
         )
     say(f"atlas: {total} occlusion pages")
     return pictures
+
+
+def _link(number: int, total: int) -> tuple[str, str] | None:
+    """Name and page of a neighbour."""
+    return (f"Image {number}", _page(number)) if 1 <= number <= total else None
 
 
 def _page(number: int) -> str:
@@ -121,12 +131,14 @@ def _panels(site: Site, number: int, row: dict[str, Any], classes: list[str]) ->
         float(row["probability_map"][lowest]),
         activation,
         probability,
-        [(entry, _class_name(entry, classes)) for entry in legend],
+        [(entry, _legend_name(entry, classes)) for entry in legend],
         (max(row["top"], 0), max(row["left"], 0), *projection.shape[:2]),
     )
 
 
-def _class_name(entry: LegendEntry, classes: list[str]) -> str:
-    if entry.number is None:
-        return f"{entry.classes} other classes"
-    return classes[entry.number] if 0 <= entry.number < len(classes) else f"class {entry.number}"
+def _legend_name(entry: LegendEntry, classes: list[str]) -> str:
+    return f"{entry.classes} other classes" if entry.number is None else _class_name(entry.number, classes)
+
+
+def _class_name(number: int, classes: list[str]) -> str:
+    return classes[number] if 0 <= number < len(classes) else f"class {number}"

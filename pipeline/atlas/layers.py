@@ -39,7 +39,6 @@ def write(site: Site, sources: Sources, tile_px: int) -> list[Face]:
             run_name=sources.run.location.name,
             layer=layer,
             drawn=drawn,
-            sprite=lambda number, folder=_assets(name): f"{folder}/map-{number:04d}.webp",
             sprite_width=width,
             sprite_height=height,
             describe=_in_words,
@@ -69,16 +68,16 @@ def _link(names: list[str], place: int) -> tuple[str, str] | None:
     return (names[place], _page(names[place])) if 0 <= place < len(names) else None
 
 
-def _pictures(site: Site, sources: Sources, layer: Layer, tile_px: int) -> tuple[set[int], tuple[int, ...]]:
-    """Write the layer's sprites and its thumbnail. Returns the maps drawn, and those on the thumbnail."""
+def _pictures(site: Site, sources: Sources, layer: Layer, tile_px: int) -> tuple[dict[int, str], tuple[int, ...]]:
+    """Write the layer's sprites and its thumbnail. Returns the sprite of each map, and the maps on the thumbnail."""
     location = sources.slice(sources.deconv, layer.name)
     if location is None:
-        return set(), ()
+        return {}, ()
     chosen = set(_evenly([map_.number for map_ in layer.maps if map_.entries], sprites.THUMBNAILS))
-    tiles, drawn = {}, set()
+    tiles, drawn = {}, {}
     for sprite in sprites.sprites(location, tile_px):
-        site.write(f"{_assets(layer.name)}/map-{sprite.feature_map:04d}.webp", sprite.data)
-        drawn.add(sprite.feature_map)
+        drawn[sprite.feature_map] = f"{_assets(layer.name)}/map-{sprite.feature_map:04d}.webp"
+        site.write(drawn[sprite.feature_map], sprite.data)
         if sprite.feature_map in chosen:
             tiles[sprite.feature_map] = sprite.first
     if tiles:

@@ -30,9 +30,7 @@ ABOUT = {
 _SHOWN_APART = ("architecture", "classes", "model_id", "versions", "preprocessing")
 
 
-def write(
-    site: Site, sources: Sources, facts: dict[str, Any], faces: list[Face], pictures: list[Picture]
-) -> Location:
+def write(site: Site, sources: Sources, facts: dict[str, Any], faces: list[Face], pictures: list[Picture]) -> Location:
     """Write index.html, which is what makes a new atlas visible: after everything that it links to."""
     run = sources.run
     epochs = metrics.read(run).sort_by("epoch").to_pydict()
@@ -67,13 +65,10 @@ def _as_text(value: Any) -> str:
 
 def _data_ids(sources: Sources) -> list[str]:
     """The images that the shown tables were made of, by their identity."""
-    slices = [s for table in (sources.top9, sources.deconv, sources.occlusion) for s in run_slices(sources, table)]
+    slices = [
+        s for table in (sources.top9, sources.deconv, sources.occlusion) for s in sources.run.manifest(table).values()
+    ]
     return sorted({entry["fingerprint"]["data_id"] for entry in slices if "data_id" in entry.get("fingerprint", {})})
-
-
-def run_slices(sources: Sources, table: str) -> list[dict[str, Any]]:
-    """What made the finished slices of a table."""
-    return list(sources.run.manifest(table).values())
 
 
 def _charts(epochs: dict[str, list[Any]]) -> list[Chart]:

@@ -40,11 +40,12 @@ def projection_of(row: Mapping[str, Any]) -> Floats:
     """
     stored, scale = row["projection"], float(row["projection_scale"])
     if isinstance(stored, bytes):
-        return (np.asarray(Image.open(io.BytesIO(stored)).convert("RGB"), dtype=np.float32) - 128) / 127
+        pixels = np.asarray(Image.open(io.BytesIO(stored)).convert("RGB"), dtype=np.float32)
+        return (pixels - np.float32(128)) / np.float32(127)
     shape = (row["projection_height"], row["projection_width"], 3)
     values = np.asarray(stored, dtype=np.float32).reshape(shape)
     # A float16 above 65504 was stored as inf: clipped, it is shown as what it is, the largest value.
-    return np.clip(values / (scale or 1.0), -1, 1)
+    return np.clip(values / np.float32(scale or 1.0), -1, 1)
 
 
 def around_grey(relative: Floats) -> Pixels:

@@ -160,7 +160,7 @@ class Sources:
         found: defaultdict[int, tuple[Entry, ...]] = defaultdict(tuple)
         if location is None:
             return found, None
-        columns = _ENTRY + [*_BOX, *SEMANTICS] if deconv else _ENTRY
+        columns = [*_ENTRY, *_BOX, *SEMANTICS] if deconv else _ENTRY
         rows = tables.read(location, columns).to_pylist()
         for row in rows:
             found[row["feature_map"]] += (_entry(row),)
@@ -228,7 +228,7 @@ def _finished(run: Run, name: str, model_id: str) -> ResultTable:
     present = set(run.results(name).names())
     path = f"results/{name}"
     # Slices made by one call share its samples, so the worst slice speaks for all.
-    worst = max(slices.values(), key=lambda entry: sum(entry.get("skipped", {}).values()), default={})
+    worst: dict[str, Any] = max(slices.values(), key=lambda entry: sum(entry.get("skipped", {}).values()), default={})
     return ResultTable(
         name,
         path,

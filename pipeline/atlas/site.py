@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import re
-from collections.abc import Iterable
+import shlex
 from dataclasses import dataclass, field
 from importlib.resources import files
 from typing import Any
@@ -32,7 +32,7 @@ def file_stem(name: str) -> str:
     be shorter, but a layer that is added later would shift it and break every link to the layers behind.
     """
     plain = re.sub(r"[^a-z0-9._-]+", "-", name.lower()).strip(".-")[:_LONGEST_NAME]
-    if plain == name:
+    if plain and plain == name:
         return plain
     return f"{plain or 'layer'}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
 
@@ -52,7 +52,7 @@ class Site:
             trim_blocks=True,
             lstrip_blocks=True,
         )
-        self._templates.filters.update(number=number, count=count, share=share, url=quote)
+        self._templates.filters.update(number=number, count=count, share=share, url=quote, shell=shlex.quote)
 
     def write(self, path: str, data: bytes) -> None:
         """Write one file, whole or not at all. Raises: StorageError."""
@@ -99,7 +99,9 @@ class Site:
 
 def number(value: float | None) -> str:
     """A measured value to three digits; a dash for none."""
-    return "–" if value is None or not np.isfinite(value) else f"{value:.3g}"
+    if value is None or not np.isfinite(value):
+        return "–"
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
 
 
 def count(value: int) -> str:
@@ -110,9 +112,3 @@ def count(value: int) -> str:
 def share(value: float | None) -> str:
     """A share from 0 to 1 in per cent."""
     return "–" if value is None or not np.isfinite(value) else f"{100 * value:.1f} %"
-
-
-def english_list(words: Iterable[str]) -> str:
-    """`a`, `a and b`, `a, b and c`."""
-    *first, last = words
-    return f"{', '.join(first)} and {last}" if first else last

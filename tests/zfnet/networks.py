@@ -34,6 +34,8 @@ def zfnet_like(maps=(6, 8, 10, 10, 8), normalisation=True, classes=None, input_p
         steps += [("drop6", nn.Dropout()), ("fc8", nn.Linear(12, classes))]
     for name, module in steps:
         layers.add_module(name, module)
+        if isinstance(module, nn.Conv2d | nn.Linear):  # torch's default fades the image away over eight layers
+            nn.init.kaiming_normal_(module.weight)
     return layers.eval()
 
 
@@ -80,7 +82,7 @@ def chains(draw, pools=("max",), sizes=(9, 20), depth=(1, 4)) -> tuple[nn.Sequen
             probe_next = step(probe)
         except RuntimeError:  # no cell is left: end the chain here
             break
-        if 0 in probe_next.shape:
+        if 0 in probe_next.shape or not probe_next.isfinite().all():  # -inf: a dilated pool window beside the map
             break
         probe = probe_next
         steps.append(step)

@@ -96,14 +96,15 @@ def whole(projections, index: int, image_shape) -> Tensor:
 
 
 def some_cells(activation: Tensor, count: int = 4, seed: int = 0) -> Cells:
-    """All four corners' strongest maps, and random cells that fire."""
+    """The strongest maps of all four corners, where one fires, and random cells that fire."""
     generator = torch.Generator().manual_seed(seed)
     images, _, rows, cols = activation.shape
     corners = [(0, 0), (0, cols - 1), (rows - 1, 0), (rows - 1, cols - 1)]
     picks = [(k % images, int(activation[k % images, :, r, c].argmax()), r, c) for k, (r, c) in enumerate(corners)]
+    picks = [cell for cell in picks if activation[cell] > 0]
     firing = (activation > 0).nonzero()
     picks += firing[torch.randperm(len(firing), generator=generator)[:count]].tolist()
-    return Cells(*torch.tensor(picks).T)
+    return Cells(*torch.tensor(picks, dtype=torch.long).reshape(-1, 4).T)
 
 
 # --- against the definition ------------------------------------------------------------------------------------------
@@ -185,7 +186,7 @@ def up_to(model: nn.Module, graph, layer: str) -> nn.Module:
 
 
 def captum_error(model: nn.Module, images: Tensor, layer: str, method=Deconvolution, **semantics) -> float:
-    """The largest error over some cells; captum starts from 1, so it is scaled by the activation."""
+    """The largest error over some cells that fire; captum starts from 1, so it is scaled by the activation."""
     graph = trace(model, images.shape[1:])
     kept = record(graph, images, [layer], Semantics(**semantics))
     cells = some_cells(kept.activation(layer))

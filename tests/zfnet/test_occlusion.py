@@ -1,0 +1,259 @@
+"""The three occlusion maps against a loop over positions, captum, and the dense form."""
+
+import pytest
+import torch
+import torchvision
+from captum.attr import Occlusion
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from networks import Branches, chains, error, zfnet_like
+from torch import nn
+
+from zfnet.graph import trace
+from zfnet.occlusion import Grid, sensitivity
+
+
+def image_and_fill(size: int, seed=0, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(seed)
+    clean = torch.randn(3, size, size, generator=generator, dtype=dtype)
+    fill = torch.tensor([0.3, -0.2, 0.1], dtype=dtype)[:, None, None].expand(3, size, size)
+    return clean, fill
+
+
+def slow_twin(model, activation: nn.Module, clean, filled, grid, target):
+    """arXiv v3 Sec. 4.2, one position at a time; `activation` is the module that gives the last convolution's."""
+    seen = []
+    hook = activation.register_forward_hook(lambda _module, _inputs, y: seen.append(y[0].detach().clone()))
+    maps = torch.zeros(3, grid.rows, grid.cols, dtype=torch.float64)
+    with torch.no_grad():
+        clean_scores = model(clean[None])[0]
+        strongest = max(range(len(seen[0])), key=lambda m: seen[0][m].max().item())
+        target = int(clean_scores.argmax()) if target is None else target
+        for i in range(grid.rows):
+            for j in range(grid.cols):
+                top, left, side = i * grid.stride_px, j * grid.stride_px, grid.occluder_px
+                occluded = clean.clone()
+                occluded[:, top : top + side, left : left + side] = filled[:, top : top + side, left : left + side]
+                scores = model(occluded[None])[0]
+                maps[:, i, j] = torch.stack(
+                    [seen[-1][strongest].sum(), scores.softmax(0)[target], scores.argmax().double()]
+                )
+    hook.remove()
+    return strongest, maps, clean_scores.softmax(0)[target]
+
+
+def worst(got, reference) -> float:
+    assert got.feature_map == reference.feature_map
+    assert got.clean_class == reference.clean_class
+    assert torch.equal(got.class_map, reference.class_map)
+    return max(
+        error(got.activation_map, reference.activation_map), error(got.probability_map, reference.probability_map)
+    )
+
+
+# --- the grid --------------------------------------------------------------------------------------------------------
+
+
+def test_the_papers_grid():
+    grid = Grid.of(224)
+    assert (grid.occluder_px, grid.stride_px, grid.rows, grid.cols) == (50, 6, 30, 30)
+    positions = grid.positions()
+    assert positions.shape == (900, 2)
+    assert positions[[0, 1, 30, -1]].tolist() == [[0, 0], [0, 6], [6, 0], [174, 174]]
+
+
+@given(n=st.integers(1, 300), p=st.integers(1, 300), s=st.integers(1, 300))
+def test_the_square_always_fits_whole_and_one_more_would_not(n, p, s):
+    if p > n:
+        with pytest.raises(ValueError, match=f"occluder_px={p} was given; expected 1 to {n}"):
+            Grid(n, p, s)
+        return
+    grid = Grid(n, p, s)
+    assert grid.positions().max() + p <= n < grid.positions().max() + s + p
+
+
+def test_small_inputs_still_have_a_grid():
+    assert Grid.of(9).stride_px == 1
+    with pytest.raises(ValueError, match="stride_px=0"):
+        Grid.of(32, stride_px=0)
+    with pytest.raises(ValueError, match="occluder_px=0"):
+        Grid.of(1)
+
+
+# --- the maps --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["dense", "incremental"])
+@pytest.mark.parametrize(("occluder", "stride", "target"), [(20, 19, None), (45, 17, 3), (96, 1, 0), (1, 40, 1)])
+def test_all_three_maps_are_the_loop_over_positions(method, occluder, stride, target):
+    torch.manual_seed(1)
+    model = zfnet_like(classes=4, input_px=96).double()
+    clean, filled = image_and_fill(96)
+    grid = Grid.of(96, occluder, stride)
+    got = sensitivity(trace(model, (3, 96, 96)), clean, filled, grid, target, batch=5, method=method)
+    strongest, maps, probability = slow_twin(model, model.relu5, clean, filled, grid, target)
+    assert (got.layer, got.feature_map) == ("conv5", strongest)
+    assert error(got.activation_map, maps[0]) <= 1e-12
+    assert error(got.probability_map, maps[1]) <= 1e-12
+    assert torch.equal(got.class_map.double(), maps[2])
+    assert got.clean_probability == pytest.approx(float(probability), rel=1e-12)
+    assert got.activation_map.shape == (grid.rows, grid.cols)
+
+
+@pytest.mark.parametrize("stride", [16, 8])
+@pytest.mark.filterwarnings("ignore")
+def test_captum_agrees_where_its_grid_is_ours(stride):
+    """It averages overlapping squares back to pixels (PEERS 2.11), so our map is averaged too; 16 tiles the image."""
+    torch.manual_seed(2)
+    model = zfnet_like(classes=4, input_px=96).double()
+    clean, filled = image_and_fill(96)
+    grid = Grid.of(96, 16, stride)
+    got = sensitivity(trace(model, (3, 96, 96)), clean, filled, grid, target=2)
+    attribution = Occlusion(lambda x: model(x).softmax(1)).attribute(
+        clean[None],
+        sliding_window_shapes=(3, 16, 16),
+        strides=(3, stride, stride),
+        baselines=filled[None],
+        target=2,
+        perturbations_per_eval=16,
+    )
+    total, count = torch.zeros(96, 96, dtype=torch.float64), torch.zeros(96, 96, dtype=torch.float64)
+    for (top, left), p in zip(grid.positions().tolist(), got.probability_map.flatten(), strict=True):
+        total[top : top + 16, left : left + 16] += got.clean_probability - p
+        count[top : top + 16, left : left + 16] += 1
+    assert error(total / count, attribution[0, 0].double()) <= 1e-6  # captum returns float32 whatever it is given
+
+
+NETWORKS = [
+    ("alexnet", 224, 70, 60, "features.6"),
+    ("vgg11_bn", 64, 10, 18, None),
+    ("resnet18", 96, 12, 28, None),
+    ("squeezenet1_1", 96, 12, 28, None),
+    ("googlenet", 96, 12, 28, None),
+    ("densenet121", 96, 12, 28, None),
+    ("mobilenet_v2", 96, 12, 28, None),  # ReLU6: pointwise, though not understood
+    ("mobilenet_v3_small", 96, 12, 28, "features.1.block.1.avgpool"),  # squeeze and excitation sees the whole map
+    ("shufflenet_v2_x1_0", 96, 12, 28, None),  # channel shuffles: not understood
+]
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
+@pytest.mark.parametrize(("name", "size", "occluder", "stride", "dense_from"), NETWORKS, ids=[n[0] for n in NETWORKS])
+def test_incremental_is_dense_on_torchvision_networks(name, size, occluder, stride, dense_from, dtype, bound):
+    torch.manual_seed(3)
+    options = {"init_weights": False, "aux_logits": False} if name == "googlenet" else {}
+    model = torchvision.models.get_model(name, weights=None, **options).eval().to(dtype)
+    clean, filled = image_and_fill(size, dtype=dtype)
+    graph, grid = trace(model, (3, size, size)), Grid.of(size, occluder, stride)
+    got = sensitivity(graph, clean, filled, grid, batch=8)
+    dense = sensitivity(graph, clean, filled, grid, batch=8, method="dense")
+    assert worst(got, dense) <= bound
+    assert dense.dense_from == graph.input != got.dense_from
+    if dense_from:
+        assert got.dense_from == dense_from
+
+
+@pytest.mark.parametrize("size", [33, 64])
+def test_incremental_is_dense_on_branches(size):
+    torch.manual_seed(4)
+    graph = trace(Branches().double(), (3, size, size))
+    clean, filled = image_and_fill(size)
+    for occluder, stride in ((1, 3), (5, 4), (13, 7), (30, 1)):
+        grid = Grid(size, occluder, stride)
+        got = sensitivity(graph, clean, filled, grid)
+        assert worst(got, sensitivity(graph, clean, filled, grid, method="dense")) <= 1e-12
+
+
+@settings(max_examples=60, deadline=None)
+@given(chain=chains(pools=("max", "average"), sizes=(14, 14)), occluder=st.integers(1, 9), stride=st.integers(1, 5))
+def test_incremental_is_dense_on_random_chains(chain, occluder, stride):
+    model, shape = chain
+    shape = (shape[0], 14, 14)
+    model = nn.Sequential(*model, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    generator = torch.Generator().manual_seed(5)
+    clean, filled = torch.randn(2, *shape, generator=generator, dtype=torch.float64) / 50
+    graph, grid = trace(model, shape), Grid(14, occluder, stride)
+    got = sensitivity(graph, clean, filled, grid, batch=7)
+    dense = sensitivity(graph, clean, filled, grid, batch=7, method="dense")
+    assert error(got.activation_map, dense.activation_map) <= 1e-12
+    assert error(got.probability_map, dense.probability_map) <= 1e-12
+
+
+# --- details ---------------------------------------------------------------------------------------------------------
+
+
+KEPT = []
+
+
+@torch.fx.wrap
+def keep(x):
+    """Keeps what the network was shown."""
+    KEPT.append(x.clone())
+    return x * 1
+
+
+def test_every_position_is_covered_by_the_fill_once_and_nothing_else_changes():
+    class Watching(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.fc = nn.Conv2d(3, 1, 1), nn.Linear(1, 2)
+
+        def forward(self, x):
+            return self.fc(self.conv(keep(x)).amax((2, 3)))
+
+    graph = trace(Watching(), (3, 8, 8))
+    clean, filled = torch.zeros(3, 8, 8), torch.ones(3, 8, 8)
+    KEPT.clear()
+    grid = Grid(8, 3, 2)
+    sensitivity(graph, clean, filled, grid, batch=4, method="dense")
+    shown = torch.cat(KEPT[1:])[-len(grid.positions()) :]
+    for image, (top, left) in zip(shown, grid.positions().tolist(), strict=True):
+        expected = torch.zeros(3, 8, 8)
+        expected[:, top : top + 3, left : left + 3] = 1
+        assert torch.equal(image, expected)
+
+
+def test_equal_activations_and_classes_take_the_first():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 5))
+    for parameter in model.parameters():
+        nn.init.constant_(parameter, 0.5)
+    got = sensitivity(trace(model, (3, 9, 9)), torch.ones(3, 9, 9), torch.zeros(3, 9, 9), Grid(9, 3, 3))
+    assert (got.feature_map, got.clean_class) == (0, 0)
+    assert not got.class_map.any()
+
+
+def test_a_network_that_ends_in_a_softmax_is_not_given_a_second_one():
+    torch.manual_seed(6)
+    scores = zfnet_like(classes=4, input_px=96).double()
+    clean, filled = image_and_fill(96)
+    grid = Grid.of(96, 30, 33)
+    one = sensitivity(trace(scores, (3, 96, 96)), clean, filled, grid)
+    two = sensitivity(trace(nn.Sequential(scores, nn.Softmax(1)), (3, 96, 96)), clean, filled, grid)
+    assert error(two.probability_map, one.probability_map) <= 1e-12
+
+
+def test_the_batch_does_not_matter_and_the_images_are_left_alone():
+    graph = trace(Branches().double(), (3, 48, 48))
+    clean, filled = image_and_fill(48)
+    before = clean.clone()
+    one, many = (sensitivity(graph, clean, filled, Grid.of(48), batch=batch) for batch in (1, 1000))
+    assert worst(one, many) <= 1e-12
+    assert torch.equal(clean, before)
+
+
+def test_refusals():
+    graph = trace(zfnet_like(classes=4, input_px=96), (3, 96, 96))
+    clean, filled = image_and_fill(96, dtype=torch.float32)
+    grid = Grid.of(96)
+    with pytest.raises(ValueError, match="grid is for 64 px a side; the network was traced for 96 x 96"):
+        sensitivity(graph, clean, filled, Grid.of(64))
+    with pytest.raises(ValueError, match=r"filled has shape \(3, 9, 9\)"):
+        sensitivity(graph, clean, filled[:, :9, :9], grid)
+    with pytest.raises(ValueError, match="target=4 was given; the network has the classes 0 to 3"):
+        sensitivity(graph, clean, filled, grid, target=4)
+    with pytest.raises(ValueError, match="method='fast'"):
+        sensitivity(graph, clean, filled, grid, method="fast")
+    with pytest.raises(ValueError, match="not finite"):
+        sensitivity(graph, clean * torch.nan, filled, grid)
+    with pytest.raises(ValueError, match="one row of class scores is expected"):
+        sensitivity(trace(zfnet_like(), (3, 96, 96)), clean, filled, grid)
