@@ -79,8 +79,7 @@ class Trainer:
         """Network, preprocessing and optimizer, fresh or from the newest checkpoint."""
         self.network = models.build(self.plan.architecture, classes=len(self.classes))
         found = checkpoints.newest(self.run_directory)
-        torch.manual_seed(self.plan.seed)
-        recipe.initialise(self.network, self.plan.recipe.init)
+        recipe.initialise(self.network, self.plan.recipe.init, self.plan.seed)
         resize_px = self.network.resize_px
         if found is None:
             mean = mean_image(
@@ -99,7 +98,7 @@ class Trainer:
         self.network.to(self.device)
         self.optimizer = torch.optim.SGD(
             self.network.parameters(),
-            lr=self.plan.recipe.learning_rate,
+            lr=self.plan.recipe.lr,
             momentum=self.plan.recipe.momentum,
             weight_decay=self.plan.recipe.weight_decay,
         )
@@ -191,8 +190,8 @@ class Trainer:
         # DistributedDataParallel averages over ranks; the mean over images needs the sum.
         (loss * self.world / images_.clamp_min(1).to(loss.dtype).squeeze()).backward()
         self.optimizer.step()
-        if self.plan.recipe.renormalise:
-            recipe.renormalise_filters(self.network)
+        if self.plan.recipe.renormalise is not None:
+            recipe.renormalise_filters(self.network, self.plan.recipe.renormalise)
         right = (logits.detach().argmax(1) == labels).sum()
         return torch.stack([torch.tensor(len(labels), device=self.device), loss.detach(), right]).to(torch.float64)
 

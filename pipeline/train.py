@@ -14,7 +14,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 from pipeline import cluster, metrics, tables
@@ -27,7 +27,7 @@ from pipeline.sources.default import DEFAULT, shards_or_default
 from pipeline.storage import Location
 from pipeline.stream import labelled
 from zfnet import models
-from zfnet.recipe import Recipe, recipe_for
+from zfnet.recipe import Initialisation, Recipe, Schedule, recipe_for
 
 MAX_FAILURES = 3
 """How often Ray Train starts the workers again after one of them died."""
@@ -51,8 +51,14 @@ class Options:
     """Passes over the training images."""
     batch: int | None = None
     """Images of a step, over all workers."""
-    learning_rate: float | None = None
-    """Learning rate at the start."""
+    lr: float | None = None
+    """Learning rate: the first, or under the cosine schedule the highest."""
+    weight_decay: float | None = None
+    """Pull of every weight to zero."""
+    init: Initialisation | None = None
+    """First weights: the paper's N(0, 0.01), or He's."""
+    schedule: Schedule | None = None
+    """Learning rate over time: divided at plateaus, as in the papers, or a cosine."""
     seed: int = 0
     """Seed of weights, order and augmentation."""
     train_split: str = "train"
@@ -98,8 +104,10 @@ def run(options: Options) -> int:
 def _plan(options: Options) -> Plan:
     """Everything that can be refused without training is refused here."""
     index = shards_or_default(options.data, options.index)
-    if options.architecture not in models.names():
-        models.build(options.architecture)  # raises, naming the nearest
+    try:
+        models.build(options.architecture, classes=2)
+    except ValueError as error:
+        raise RunError(str(error)) from None
     recipe = _recipe(options)
     if len(index.classes) < 2:
         raise RunError(f"{options.data} has {len(index.classes)} classes: training needs at least 2")
@@ -134,10 +142,13 @@ def _plan(options: Options) -> Plan:
 
 def _recipe(options: Options) -> Recipe:
     """The network's preset with what was given on the command line."""
-    given = {name: getattr(options, name) for name in ("epochs", "batch", "learning_rate")}
-    return replace(
-        recipe_for(options.architecture), **{name: value for name, value in given.items() if value is not None}
-    )
+    given = {field.name: getattr(options, field.name, None) for field in fields(Recipe)}
+    try:
+        return replace(
+            recipe_for(options.architecture), **{name: value for name, value in given.items() if value is not None}
+        )
+    except ValueError as error:
+        raise RunError(str(error)) from None
 
 
 def _claim(directory: Run, plan: Plan) -> None:

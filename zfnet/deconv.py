@@ -241,17 +241,19 @@ class _Descent:
         return signal if flat else signal[:, :, None, None]
 
     def _onto_map(self, values: Tensor, where: ReceptiveField, source: str) -> Tensor:
-        """The signal in the windows that are planned for `source`, and zero where they leave its map."""
-        if values.ndim == 2:
-            return values
-        planned, shape = self.plan[source], self.graph.operations[source].shape
-        placed = self._place(values, where, planned)
-        for axis in (0, 1):
-            index = self.indices(planned, axis)
-            beside = (index < 0) | (index >= shape[1 + axis])
-            if planned.jump[axis] and beside.any():
-                placed = placed.masked_fill(beside[:, None, :, None] if axis == 0 else beside[:, None, None, :], 0)
-        return placed
+        """The signal in the windows that are planned for `source`."""
+        return values if values.ndim == 2 else self._place(values, where, self.plan[source])
+
+    def zero_beside_(self, values: Tensor, where: ReceptiveField, source: str) -> Tensor:
+        """Zero, in place, what of the windows `where` lies beside the map of `source`: padding passes nothing down."""
+        _, rows, cols = self.graph.operations[source].shape
+        whole = ReceptiveField((0, 0), (0, 0), (rows, cols))
+        for window, ((on_rows, on_cols), _) in zip(values, self._overlaps(where, whole), strict=True):
+            for beside in (slice(0, on_rows.start), slice(on_rows.stop, None)):
+                window[:, beside] = 0
+            for beside in (slice(0, on_cols.start), slice(on_cols.stop, None)):
+                window[:, :, beside] = 0
+        return values
 
     def _place(self, values: Tensor, where: ReceptiveField, wanted: ReceptiveField) -> Tensor:
         """Cut or fill up with zeros, from the windows `where` to the windows `wanted`."""
@@ -320,8 +322,28 @@ def _filter(descent: _Descent, op: Operation, signal: Tensor, field: ReceptiveFi
     assert isinstance(op.module, nn.Conv2d)
     assert op.window is not None
     conv, window = op.module, op.window
-    signal = F.conv_transpose2d(signal, conv.weight, stride=window.stride, dilation=window.dilation, groups=conv.groups)
-    yield op.inputs[0], signal, beneath(field, window)
+    few_colours = conv.in_channels <= 4 and conv.groups == 1
+    if few_colours and window.stride[0] == window.stride[1] > 1 and window.dilation == (1, 1):
+        signal = _filter_by_phases(signal, conv.weight, window.stride[0])
+    else:
+        signal = F.conv_transpose2d(signal, conv.weight, None, window.stride, 0, 0, conv.groups, window.dilation)
+    below = beneath(field, window)
+    yield op.inputs[0], descent.zero_beside_(signal, below, op.inputs[0]), below
+
+
+def _filter_by_phases(signal: Tensor, weight: Tensor, stride: int) -> Tensor:
+    """conv_transpose2d(signal, weight, stride=stride) as one dense convolution and an interleaving.
+
+    Pixels that are a stride apart are made by the same part of the filter. It is 2.5 times as fast down to three
+    colours on a CPU, where most of a projection's time goes into the first layer.
+    """
+    maps, _, rows, cols = weight.shape
+    height, width = ((n - 1) * stride + k for n, k in zip(signal.shape[2:], (rows, cols), strict=True))
+    steps = [-(-k // stride) for k in (rows, cols)]
+    filled = F.pad(weight, (0, steps[1] * stride - cols, 0, steps[0] * stride - rows))
+    parts = filled.view(maps, -1, steps[0], stride, steps[1], stride).permute(1, 3, 5, 0, 2, 4).flip(4, 5)
+    phases = F.conv2d(signal, parts.reshape(-1, maps, *steps), padding=(steps[0] - 1, steps[1] - 1))
+    return F.pixel_shuffle(phases, stride)[:, :, :height, :width].contiguous()
 
 
 def _weigh(descent: _Descent, op: Operation, signal: Tensor, field: ReceptiveField) -> Iterator[Contribution]:
@@ -368,7 +390,8 @@ def _split(descent: _Descent, op: Operation, signal: Tensor, field: ReceptiveFie
 def _unpad(descent: _Descent, op: Operation, signal: Tensor, field: ReceptiveField) -> Iterator[Contribution]:
     """The same windows, seen from the map without its padding."""
     assert op.window is not None
-    yield op.inputs[0], signal, beneath(field, op.window)
+    below = beneath(field, op.window)
+    yield op.inputs[0], descent.zero_beside_(signal.clone(), below, op.inputs[0]), below
 
 
 def _spread(descent: _Descent, op: Operation, signal: Tensor, field: ReceptiveField) -> Iterator[Contribution]:
@@ -381,7 +404,8 @@ def _spread(descent: _Descent, op: Operation, signal: Tensor, field: ReceptiveFi
         signal = signal / (share[:, None, :, None] if axis == 0 else share[:, None, None, :])
     ones = signal.new_ones(1, 1, *op.window.kernel)
     spread = F.conv_transpose2d(signal.flatten(0, 1)[:, None], ones, stride=op.window.stride)
-    yield op.inputs[0], spread.view(*signal.shape[:2], *spread.shape[2:]), beneath(field, op.window)
+    spread, below = spread.view(*signal.shape[:2], *spread.shape[2:]), beneath(field, op.window)
+    yield op.inputs[0], descent.zero_beside_(spread, below, op.inputs[0]), below
 
 
 def _unpool(descent: _Descent, op: Operation, signal: Tensor, field: ReceptiveField) -> Iterator[Contribution]:
@@ -397,22 +421,24 @@ def _unpool(descent: _Descent, op: Operation, signal: Tensor, field: ReceptiveFi
         start = (field.start[0] - halo[0], field.start[1] - halo[1])
         field = ReceptiveField(field.jump, start, (field.size[0] + 2 * halo[0], field.size[1] + 2 * halo[1]))
     below = beneath(field, window)
-    positions = window.kernel[0] * window.kernel[1]
-    switches = descent.windows_of(descent.record.kept[op.name], field, fill=positions).long()
-    places = _places(field.size, below.size, window, signal.device)
-    nowhere = below.size[0] * below.size[1]  # one place more, for windows that are not on the map
-    target = torch.where(switches < positions, places[0] + places[1][switches.clamp(max=positions - 1)], nowhere)
-    flat = _SHARED[rule](signal.flatten(2), target.flatten(2), nowhere + 1)
-    yield op.inputs[0], flat[:, :, :nowhere].unflatten(2, below.size), below
+    places, nowhere = below.size[0] * below.size[1], window.kernel[0] * window.kernel[1]
+    switches = descent.windows_of(descent.record.kept[op.name], field, fill=nowhere)
+    begins, position = _places(field.size, below.size, window, signal.device)
+    target = (begins + position[switches.int()]).clamp_(max=places)
+    unpooled = _SHARED[rule](signal.flatten(2), target.flatten(2), places + 1)
+    yield op.inputs[0], unpooled[:, :, :places].unflatten(2, below.size), below
 
 
 def _places(size: Pair, below: Pair, window: Window, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Where each pool window begins in the flat window below, and how far on each position of its kernel lies."""
+    """Where each pool window begins in the flat window below, and how far on each position of its kernel lies.
+
+    The position after the last, of pool windows that are not on the map, lies beyond everything.
+    """
     row, col = torch.arange(size[0], device=device)[:, None], torch.arange(size[1], device=device)
     begins = row * (window.stride[0] * below[1]) + col * window.stride[1]
     down = torch.arange(window.kernel[0], device=device)[:, None] * (window.dilation[0] * below[1])
     right = torch.arange(window.kernel[1], device=device) * window.dilation[1]
-    return begins, (down + right).flatten()
+    return begins, F.pad((down + right).flatten(), (0, 1), value=below[0] * below[1])
 
 
 def _sum_shared(signal: Tensor, target: Tensor, size: int) -> Tensor:

@@ -17,6 +17,7 @@ from pipeline.atlas.layers import Face
 from pipeline.atlas.projections import around_grey, projection_of
 from pipeline.atlas.records import SEMANTICS, Sources
 from pipeline.atlas.site import Site
+from pipeline.atlas.sprites import webp
 from pipeline.progress import say
 
 COLOUR_BAR = "assets/occlusion/colour-bar.png"
@@ -44,7 +45,7 @@ class Panels:
     height: int
     frame: Frame
     example: tuple[int, int]
-    """Position (row, col) of the square that costs the target most."""
+    """Position (row, col) of the square where the target is least probable."""
     lowest: float
     activation: Heat
     probability: Heat
@@ -100,13 +101,11 @@ def _asset(number: int, panel: str) -> str:
 
 def _picture(site: Site, number: int, row: dict[str, Any]) -> Picture:
     """Write the image and its thumbnail."""
-    site.write(_asset(number, "image"), row["image_png"])
-    small = Image.open(io.BytesIO(row["image_png"])).convert("RGB")
-    small.thumbnail((_THUMBNAIL_PX, _THUMBNAIL_PX))
-    buffer = io.BytesIO()
-    small.save(buffer, format="WEBP", quality=82, method=2)
+    image = Image.open(io.BytesIO(row["image_png"])).convert("RGB")
+    site.write_image(_asset(number, "image"), np.asarray(image))
+    image.thumbnail((_THUMBNAIL_PX, _THUMBNAIL_PX))
     thumbnail = f"assets/occlusion/{number}-thumbnail.webp"
-    site.write(thumbnail, buffer.getvalue())
+    site.write(thumbnail, webp(image))
     right = None if row["label_name"] is None else row["clean_class"] == row["label"]
     return Picture(_page(number), thumbnail, row["key"], row["label_name"], row["clean_class_name"], right)
 

@@ -45,6 +45,7 @@ def write(site: Site, sources: Sources, tile_px: int) -> list[Face]:
             before=_link(names, place - 1),
             after=_link(names, place + 1),
             run_path=str(sources.run.location),
+            deconv_table=sources.deconv,
         )
         faces.append(Face(layer, _page(name), _thumbnail(name) if thumbnail_maps else None, thumbnail_maps))
         say(f"atlas: {name}, {len(layer.maps)} feature maps, {time.monotonic() - started:.1f} s")

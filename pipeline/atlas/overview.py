@@ -42,6 +42,7 @@ def write(site: Site, sources: Sources, facts: dict[str, Any], faces: list[Face]
         run_name=run.location.name,
         run_path=str(run.location),
         facts=facts,
+        sources=sources,
         classes=facts["classes"][:CLASSES_SHOWN],
         more={name: _as_text(value) for name, value in facts.items() if name not in _SHOWN_APART},
         data_ids=_data_ids(sources),

@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -65,7 +66,7 @@ def tile(pixels: Pixels, box: Box, side: int) -> Pixels:
     before = round((side - box.width * scale) / 2) if box.width < box.height else 0
     rows = [above + round(scale * r) for r in _span(box.top, pixels.shape[0])]
     cols = [before + round(scale * c) for c in _span(box.left, pixels.shape[1])]
-    drawn = hatch(side)
+    drawn = _hatch(side).copy()
     drawn[rows[0] : rows[1], cols[0] : cols[1], :3] = _resized(pixels, rows[1] - rows[0], cols[1] - cols[0], scale)
     drawn[rows[0] : rows[1], cols[0] : cols[1], 3] = 255
     return drawn
@@ -84,9 +85,10 @@ def _resized(pixels: Pixels, height: int, width: int, scale: float) -> Pixels:
     return np.asarray(Image.fromarray(pixels).resize((width, height), how))
 
 
-def hatch(side: int) -> Pixels:
+@cache
+def _hatch(side: int) -> Pixels:
     """[side, side, RGBA]: thin half-transparent diagonals on nothing, which read on light and dark pages alike."""
     rows, cols = np.indices((side, side))
     drawn = np.zeros((side, side, 4), dtype=np.uint8)
-    drawn[(rows + cols) % 8 < 2] = (128, 128, 128, 110)
+    drawn[(rows + cols) % 8 < 2] = (128, 128, 128, 90)
     return drawn

@@ -1,9 +1,9 @@
 """The embedded data set: shapes filled with textures, drawn here, so that every command runs without a download.
 
-A class is a shape and a texture ("star checks"); all else is drawn at random and says nothing of the class: colours,
-place, size, rotation, aspect, and a background with a texture, plain shapes and lines of its own. Neither the colours nor
-the texture alone give the class away, and since shape, texture, box and mask are known, a feature map can be held
-against what it should answer to.
+A class is a shape and a texture ("star checks"). All else is drawn at random and says nothing of the class: colours,
+place, size, rotation, aspect, grain, and a background with a faint texture, blobs and lines of its own. So neither a
+colour nor a place nor the texture alone gives a class away; and since shape, texture, box and mask of each image are
+known, a feature map can be held against what it should answer to.
 """
 
 from __future__ import annotations
@@ -33,17 +33,18 @@ _JPEG_QUALITY = (70, 95)
 _LUMA = np.array([0.299, 0.587, 0.114], np.float32)
 
 # ---------------------------------------------------------------------------------------------------------------
-# Shapes: distance in radii to the edge, negative inside, from the shape's centre and upright. All have unit disc's area.
+# Shapes: distance to the edge, negative inside, at u to the right and v down from the centre of the upright shape.
+# Unit: the radius of a disc. All have the disc's area, so that a class is not told by its size.
 
 
 def _disc(u: Plane, v: Plane) -> Plane:
-    return np.hypot(u, v) - np.float32(1)
+    return np.asarray(np.hypot(u, v) - 1, np.float32)
 
 
 def _triangle(u: Plane, v: Plane) -> Plane:
     circumradius = math.sqrt(math.pi / (0.75 * math.sqrt(3)))
-    sides = (u * math.cos(a) + v * math.sin(a) for a in (math.pi / 2, math.pi * 7 / 6, math.pi * 11 / 6))
-    return np.maximum.reduce([side.astype(np.float32) for side in sides]) - np.float32(circumradius / 2)
+    sides = [u * math.cos(a) + v * math.sin(a) for a in (math.pi / 2, math.pi * 7 / 6, math.pi * 11 / 6)]
+    return np.asarray(np.maximum.reduce(sides) - circumradius / 2, np.float32)
 
 
 def _star(u: Plane, v: Plane) -> Plane:
@@ -55,14 +56,14 @@ def _star(u: Plane, v: Plane) -> Plane:
     edge = np.array([waist * math.cos(fifth / 2) - 1, waist * math.sin(fifth / 2)])
     outward = np.array([edge[1], -edge[0]]) / np.hypot(*edge)
     distance = (radius * np.cos(angle) - point) * outward[0] + radius * np.sin(angle) * outward[1]
-    return distance.astype(np.float32)
+    return np.asarray(distance, np.float32)
 
 
 def _cross(u: Plane, v: Plane) -> Plane:
     width = 0.36  # of a bar, as a part of its length
     reach = math.sqrt(math.pi / (8 * width - 4 * width**2))
     across, along = np.minimum(np.abs(u), np.abs(v)), np.maximum(np.abs(u), np.abs(v))
-    return np.maximum(along - np.float32(reach), across - np.float32(width * reach))
+    return np.asarray(np.maximum(along - reach, across - width * reach), np.float32)
 
 
 SHAPES: dict[str, Callable[[Plane, Plane], Plane]] = {
@@ -79,18 +80,18 @@ _REACH = 1.6  # radii from the centre that no shape exceeds
 
 def _stripes(x: Plane, y: Plane, period_px: float) -> Plane:
     turn = 2 * math.pi / period_px
-    return np.clip(0.5 + np.sin(turn * x) / turn, 0, 1)
+    return np.asarray(np.clip(0.5 + np.sin(turn * x) / turn, 0, 1), np.float32)
 
 
 def _checks(x: Plane, y: Plane, period_px: float) -> Plane:
     turn = 2 * math.pi / period_px
-    return np.clip(0.5 + np.sin(turn * x) * np.sin(turn * y) / turn, 0, 1)
+    return np.asarray(np.clip(0.5 + np.sin(turn * x) * np.sin(turn * y) / turn, 0, 1), np.float32)
 
 
 def _dots(x: Plane, y: Plane, period_px: float) -> Plane:
     dx = x - period_px * np.round(x / period_px)
     dy = y - period_px * np.round(y / period_px)
-    return np.clip(0.5 + 0.35 * period_px - np.hypot(dx, dy), 0, 1)
+    return np.asarray(np.clip(0.5 + 0.35 * period_px - np.hypot(dx, dy), 0, 1), np.float32)
 
 
 TEXTURES: dict[str, Callable[[Plane, Plane, float], Plane]] = {"stripes": _stripes, "checks": _checks, "dots": _dots}
@@ -102,7 +103,7 @@ class Rendered:
 
     seed: int = 0
     """Another seed draws other images of the same classes."""
-    train: int = 6000
+    train: int = 10_000
     """Images to train on."""
     val: int = 1200
     """Images to validate on."""
@@ -130,10 +131,10 @@ class Rendered:
         """Draw one image.
 
         Returns:
-            `__key__`; `jpg`, its JPEG bytes; `cls`, its class; `mask.png`, a grey PNG, 255 on the object; and `json`, a
-            dict with label, cls, width, height, mode, `boxes` (one, its xyxy the object's first column and row and
-            those after its last, in pixels), and the cause of the picture: shape, texture, colours, centre_xy_px,
-            radius_px, rotation_deg, texture_rotation_deg, period_px, background.
+            `__key__`; `jpg`, its JPEG bytes; `cls`, its class; `mask.png`, a grey PNG, 255 on the object; `json`, a
+            dict with label, cls, width, height, mode, boxes (one; its xyxy in pixels are the object's first column
+            and row, and the ones after its last), and the cause of the picture: shape, texture, colours,
+            centre_xy_px, radius_px, rotation_deg, texture_rotation_deg, period_px, background.
 
         Raises:
             ValueError: there is no such split.

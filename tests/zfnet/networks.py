@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torchvision import models
 
 
 def zfnet_like(maps=(6, 8, 10, 10, 8), normalisation=True, classes=None, input_px=224) -> nn.Sequential:
@@ -37,6 +38,21 @@ def zfnet_like(maps=(6, 8, 10, 10, 8), normalisation=True, classes=None, input_p
         if isinstance(module, nn.Conv2d | nn.Linear):  # torch's default fades the image away over eight layers
             nn.init.kaiming_normal_(module.weight)
     return layers.eval()
+
+
+def torchvision_network(name: str, seed: int) -> nn.Module:
+    """A torchvision network with random weights, and a small classifier where the real one is 100 M weights."""
+    torch.manual_seed(seed)
+    with torch.device("meta"):
+        model = models.get_model(name, weights=None, **({"aux_logits": False} if name == "googlenet" else {}))
+    if name.startswith(("vgg", "alexnet")):
+        units = next(m.in_features for m in model.classifier if isinstance(m, nn.Linear))
+        model.classifier = nn.Sequential(nn.Linear(units, 16), nn.ReLU(inplace=True), nn.Dropout(), nn.Linear(16, 9))
+    model.to_empty(device="cpu")
+    for module in model.modules():
+        if hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+    return model.eval()
 
 
 class Branches(nn.Module):

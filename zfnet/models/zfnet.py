@@ -32,6 +32,6 @@ ZFNET_SMALL = Architecture(
         Convolution(name="conv4", maps=96, kernel=3, pad=1),
         Convolution(name="conv5", maps=64, kernel=3, pad=1, pool=Pool()),
     ),
-    linears=(Linear(name="fc6", units=256), Linear(name="fc7", units=256)),
+    linears=(Linear(name="fc6", units=512, dropout=0.2), Linear(name="fc7", units=512, dropout=0.2)),
     classifier="fc8",
 )

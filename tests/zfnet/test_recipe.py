@@ -1,0 +1,150 @@
+"""First weights, filter renormalisation and learning rates against Sec. 3 of the ZFNet paper."""
+
+import dataclasses
+import itertools
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from zfnet import models
+from zfnet.recipe import Recipe, cosine, initialise, learning_rate, plateaus, recipe_for, renormalise_filters
+
+
+def weights(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def test_paper_initialisation_is_normal_with_deviation_0_01_and_no_bias() -> None:
+    model = models.build("zfnet_small")
+    initialise(model, "paper")
+    for name, tensor in weights(model).items():
+        if name.endswith("bias"):
+            assert not tensor.any()
+        else:
+            assert tensor.std().item() == pytest.approx(0.01, rel=0.05)
+            assert abs(tensor.mean().item()) < 0.001
+
+
+def test_he_initialisation_turns_pixels_into_logits_of_ordinary_size() -> None:
+    model = models.build("zfnet_small", classes=50).eval()
+    pixels = torch.randn(64, 3, 64, 64, generator=torch.Generator().manual_seed(1)) * 64
+    initialise(model, "he")
+    with torch.no_grad():
+        assert 0.05 < model(pixels).std().item() < 5
+        initialise(model, "paper")
+        assert model(pixels).std().item() < 0.01  # why a small network needs the other
+
+
+def test_weights_depend_on_the_seed_alone() -> None:
+    first, second = models.build("zfnet_small"), models.build("zfnet_small")
+    state = torch.get_rng_state()
+    initialise(first, "he", seed=3)
+    initialise(second, "he", seed=3)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
+    initialise(second, "he", seed=4)
+    assert not torch.equal(first.conv1.weight, second.conv1.weight)
+
+
+def test_renormalisation_rescales_only_filters_beyond_the_radius() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 3, 7), nn.Linear(4, 4))
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for number, rms in enumerate((0.05, 0.1, 0.7)):
+            filter_ = torch.randn(3, 7, 7, generator=generator)
+            model[0].weight[number] = filter_ * rms / filter_.square().mean().sqrt()
+        model[0].bias.fill_(9)
+        model[1].weight.fill_(9)
+    before = weights(model)
+    renormalise_filters(model, radius=0.1)
+    after = weights(model)
+    assert torch.equal(after["0.weight"][0], before["0.weight"][0])
+    torch.testing.assert_close(after["0.weight"][1], before["0.weight"][1])
+    torch.testing.assert_close(after["0.weight"][2], before["0.weight"][2] / 7)
+    for untouched in ("0.bias", "1.weight", "1.bias"):
+        assert torch.equal(after[untouched], before[untouched])
+
+
+def test_radius_is_a_root_mean_square_not_a_norm() -> None:
+    model = models.build("zfnet_small")
+    with torch.no_grad():
+        model.conv1.weight.fill_(1)
+    renormalise_filters(model)
+    # PAPERS 1.4: the L2 radius of layer 1 is 0.1 * sqrt(7 * 7 * 3) = 1.212.
+    assert model.conv1.weight[0].norm().item() == pytest.approx(1.212, abs=1e-3)
+
+
+def test_renormalisation_leaves_a_silent_filter_and_autograd_alone() -> None:
+    model = nn.Conv2d(1, 2, 3)
+    nn.init.zeros_(model.weight)
+    renormalise_filters(model)
+    assert not model.weight.any()
+    assert model.weight.requires_grad
+    assert model.weight.grad_fn is None
+
+
+def test_plateaus_counts_waits_without_a_new_lowest_error() -> None:
+    assert plateaus([], patience=2, at_most=3) == 0
+    assert plateaus([0.9, 0.8, 0.7], patience=2, at_most=3) == 0
+    assert plateaus([0.9, 0.8, 0.85], patience=2, at_most=3) == 0
+    assert plateaus([0.9, 0.8, 0.85, 0.8], patience=2, at_most=3) == 1
+    assert plateaus([0.9, 0.9, 0.9, 0.5, 0.6, 0.6], patience=2, at_most=3) == 2
+    assert plateaus([1.0] * 50, patience=2, at_most=3) == 3
+
+
+def test_plateau_divides_the_rate_by_ten_three_times_at_most() -> None:
+    paper = recipe_for("zfnet")
+    rates = [learning_rate(paper, 0, 10, [0.5] * epochs) for epochs in range(1, 40)]
+    assert sorted({round(rate, 9) for rate in rates}, reverse=True) == [1e-2, 1e-3, 1e-4, 1e-5]
+
+
+def test_cosine_climbs_then_falls_to_zero() -> None:
+    shares = [cosine(step, total=100, warmup=0.1) for step in range(101)]
+    assert shares[:10] == pytest.approx([0.1 * step for step in range(1, 11)])
+    assert shares[10] == 1.0
+    assert shares[55] == pytest.approx(0.5)
+    assert all(later <= earlier for earlier, later in itertools.pairwise(shares[10:]))
+    assert shares[100] == 0.0
+    assert cosine(0, total=1, warmup=0.0) == 1.0
+
+
+@pytest.mark.parametrize("schedule", ["plateau", "cosine"])
+def test_rate_depends_on_the_past_alone_so_that_resume_is_exact(schedule) -> None:
+    recipe = dataclasses.replace(recipe_for("zfnet_small"), schedule=schedule, patience=1)
+    errors = [0.9, 0.5, 0.6, 0.4, 0.4]
+    straight = [learning_rate(recipe, step, 10, errors[: step // 10]) for step in range(60)]
+    resumed = [learning_rate(recipe, step, 10, list(errors[: step // 10])) for step in reversed(range(60))]
+    assert straight == resumed[::-1]
+    assert len(set(straight)) > 1
+
+
+def test_paper_recipe_has_the_papers_numbers() -> None:
+    paper = recipe_for("zfnet")
+    assert (paper.epochs, paper.batch, paper.lr, paper.momentum) == (70, 128, 0.01, 0.9)
+    assert (paper.init, paper.renormalise, paper.schedule) == ("paper", 0.1, "plateau")
+    assert paper.weight_decay == 5e-4
+    assert recipe_for("another network") == paper
+
+
+@pytest.mark.parametrize("name", models.names())
+def test_every_recipe_gives_finite_rates(name) -> None:
+    recipe = recipe_for(name)
+    assert all(math.isfinite(learning_rate(recipe, step, 5, [])) for step in range(5 * recipe.epochs + 1))
+
+
+def test_refuses_what_it_cannot_mean() -> None:
+    for field, value, message in [
+        ("lr", 0, "expected more than 0"),
+        ("momentum", 1.0, "less than 1"),
+        ("init", "xavier", "expected one of paper, he"),
+        ("schedule", "step", "expected one of plateau, cosine"),
+        ("renormalise", 0.0, "None for no limit"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            Recipe(**{field: value})
+    with pytest.raises(ValueError, match="expected one of paper, he"):
+        initialise(nn.Linear(2, 2), "xavier")
+    with pytest.raises(ValueError, match="fewer images than a batch"):
+        learning_rate(Recipe(), 0, 0, [])

@@ -1,0 +1,183 @@
+"""How a network is trained: first weights, filter renormalisation, learning rate (Zeiler and Fergus 2014, Sec. 3).
+
+All is a plain function of what has happened (step, errors so far), with no state of its own, so that a training that
+is resumed takes exactly the steps of one that never stopped.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+Initialisation = Literal["paper", "he"]
+Schedule = Literal["plateau", "cosine"]
+
+PAPER_STD = 1e-2  # ZFNet Sec. 3: "All weights are initialized to 10^-2 and biases are set to 0"
+PAPER_RADIUS = 1e-1  # ZFNet Sec. 3: "whose RMS value exceeds a fixed radius of 10^-1"
+PIXEL_STD = 64.0  # standard deviation of a pixel, between -128 and 128, about its mean
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """Everything that decides how a network learns, the paper's numbers where nothing is given."""
+
+    epochs: int = 70
+    """Passes over the training images."""
+    batch: int = 128
+    """Images a step, over all workers together."""
+    lr: float = 1e-2
+    """Learning rate: the first under "plateau", the highest under "cosine"."""
+    momentum: float = 0.9
+    """Share of the last step that a step repeats."""
+    weight_decay: float = 5e-4
+    """Pull of every weight to zero. ZFNet states none; AlexNet's (Sec. 5)."""
+    init: Initialisation = "paper"
+    """First weights: "paper" draws all from N(0, 0.01); "he" scales each layer to the width of its input."""
+    schedule: Schedule = "plateau"
+    """Learning rate over time: "plateau" divides it when the validation error stops falling, as the papers did by
+    hand; "cosine" falls smoothly to zero."""
+    patience: int = 5
+    """Under "plateau": epochs without a lower validation error before the division. The papers state none."""
+    factor: float = 0.1
+    """Under "plateau": what the learning rate is multiplied by. AlexNet Sec. 5: 0.1."""
+    divisions: int = 3
+    """Under "plateau": how often at most. AlexNet Sec. 5: three times."""
+    warmup: float = 0.0
+    """Under "cosine": share of all steps in which the rate climbs from zero."""
+    renormalise: float | None = PAPER_RADIUS
+    """Highest root mean square of a convolution filter, enforced after every step; none switches it off."""
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch", "lr"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; expected more than 0")
+        for name in ("momentum", "warmup"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; expected 0 or more, and less than 1")
+        for name, words in (("init", Initialisation), ("schedule", Schedule)):
+            if getattr(self, name) not in get_args(words):
+                raise ValueError(f"{name} is {getattr(self, name)!r}; expected one of {', '.join(get_args(words))}")
+        if self.renormalise is not None and self.renormalise <= 0:
+            raise ValueError(f"renormalise is {self.renormalise}; expected a radius above 0, or None for no limit")
+
+
+_RECIPES = {
+    "zfnet": Recipe(),
+    # Calibrated on two CPU cores: see the accuracy in the documentation of training. Small batches take more steps
+    # from each image, and the filters' limit is left out: He's weights already start the first layer near it.
+    "zfnet_small": Recipe(epochs=20, batch=32, init="he", schedule="cosine", warmup=0.05, renormalise=None),
+}
+
+
+def recipe_for(name: str) -> Recipe:
+    """The recipe of a network: the paper's, unless a faster one is known for it."""
+    return _RECIPES.get(name, _RECIPES["zfnet"])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Weights
+
+
+@torch.no_grad()
+def initialise(model: nn.Module, how: Initialisation = "paper", seed: int = 0) -> None:
+    """Draw the first weights of every convolution and linear layer, in place; biases become 0.
+
+    "paper" is N(0, 0.01) throughout. The paper says "initialized to 10^-2"; the constant would train one feature.
+
+    "he" keeps the variance of the signal from layer to layer (He et al. 2015), and divides the pixels' deviation of
+    about 64 out, an equal share in each of the layers. All of it in the first would make that one's weights so small
+    that a step of the common learning rate throws them about.
+
+    Args:
+        model: changed in place, on whatever device it is.
+        how: "paper" or "he".
+        seed: the weights depend on it and on the model's shape alone; torch's global generator is left alone.
+
+    Raises:
+        ValueError: `how` is neither.
+    """
+    if how not in get_args(Initialisation):
+        raise ValueError(f"how is {how!r}; expected one of {', '.join(get_args(Initialisation))}")
+    generator = torch.Generator().manual_seed(seed)
+    layers = [module for module in model.modules() if isinstance(module, nn.Conv2d | nn.Linear)]
+    for layer in layers:
+        std = PAPER_STD
+        if how == "he":
+            fan_in = layer.weight[0].numel()
+            std = math.sqrt(2 / fan_in) * PIXEL_STD ** (-1 / len(layers))
+        # Drawn on the CPU, where every machine draws the same.
+        layer.weight.copy_(torch.empty(layer.weight.shape).normal_(0, std, generator=generator))
+        if layer.bias is not None:
+            layer.bias.zero_()
+
+
+@torch.no_grad()
+def renormalise_filters(model: nn.Module, radius: float = PAPER_RADIUS) -> None:
+    """Scale every convolution filter whose root mean square exceeds `radius` down to it, in place (ZFNet Sec. 3).
+
+    The mean is over a filter's kernel x kernel x maps_in weights; its bias does not count and is not changed. The
+    gradients and the optimiser's momentum stay as they are.
+    """
+    for filters in _filters(model):
+        rms = filters.square().mean(dim=(1, 2, 3), keepdim=True).sqrt()
+        filters.mul_(torch.where(rms > radius, radius / rms, 1.0))
+
+
+def _filters(model: nn.Module) -> Iterator[Tensor]:
+    """Weights of the convolutions, maps x maps_in x kernel x kernel."""
+    return (module.weight for module in model.modules() if isinstance(module, nn.Conv2d))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Learning rate
+
+
+def learning_rate(recipe: Recipe, step: int, steps_per_epoch: int, errors: Sequence[float]) -> float:
+    """Learning rate of the step numbered `step` from 0.
+
+    Args:
+        recipe: lr, and the schedule with its numbers.
+        step: steps taken so far, over all epochs.
+        steps_per_epoch: steps of one epoch.
+        errors: validation error after each epoch finished so far, oldest first: all that "plateau" remembers, and
+            what a checkpoint must hold.
+
+    Raises:
+        ValueError: `step` is negative or `steps_per_epoch` below 1.
+    """
+    if step < 0 or steps_per_epoch < 1:
+        raise ValueError(
+            f"step is {step} and steps_per_epoch is {steps_per_epoch}; expected 0 or more and 1 or more: "
+            "are there fewer images than a batch holds?"
+        )
+    if recipe.schedule == "plateau":
+        return recipe.lr * recipe.factor ** plateaus(errors, recipe.patience, recipe.divisions)
+    return recipe.lr * cosine(step, recipe.epochs * steps_per_epoch, recipe.warmup)
+
+
+def plateaus(errors: Sequence[float], patience: int, at_most: int) -> int:
+    """How often `errors` went `patience` epochs without a new lowest value; waiting starts afresh after each time."""
+    lowest, waited, found = math.inf, 0, 0
+    for error in errors:
+        if error < lowest:
+            lowest, waited = error, 0
+        else:
+            waited += 1
+        if waited == patience:
+            waited, found = 0, found + 1
+    return min(found, at_most)
+
+
+def cosine(step: int, total: int, warmup: float) -> float:
+    """Share of the highest rate: a straight climb over the first `warmup * total` steps, then half a cosine to 0."""
+    climb = round(warmup * total)
+    if step < climb:
+        return (step + 1) / climb
+    if step >= total:
+        return 0.0
+    return 0.5 * (1 + math.cos(math.pi * (step - climb) / (total - climb)))
