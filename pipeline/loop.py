@@ -56,9 +56,9 @@ class Trainer:
         self.run_directory = Run.at(plan.run)
         self.images_index = Index.load(plan.data, plan.index)
         self.classes = self.images_index.classes
-        self.train_rows, self.skipped = labelled(self.images_index, plan.train_split, len(self.classes))
-        self.validation_rows, unusable = labelled(self.images_index, plan.validation_split, len(self.classes))
-        self.skipped += unusable
+        self.train_rows, unusable = labelled(self.images_index, plan.train_split, len(self.classes))
+        self.validation_rows, more = labelled(self.images_index, plan.validation_split, len(self.classes))
+        self.skipped = {*unusable, *more}
         self.history: list[float] = []
         self.epoch = 0
 
@@ -141,17 +141,14 @@ class Trainer:
         started = time.monotonic()
         # Dropout is drawn from (seed, epoch, rank), so an epoch that is done again is the same.
         torch.manual_seed(int(np.random.SeedSequence([self.plan.seed, self.epoch, self.rank]).generate_state(1)[0]))
-        skipped_before = len(self.skipped)
         trained = self._train(batches)
         seconds = time.monotonic() - started
         validated = self._validate()
-        skipped = int(self._sum(torch.tensor([len(self.skipped) - skipped_before])))
         return {
             "epoch": self.epoch,
             "learning_rate": self.optimizer.param_groups[0]["lr"],
             **trained,
             **validated,
-            "skipped": skipped,
             "images_per_second": trained["train_samples"] / seconds,
             "data_wait_share": self.waited / seconds,
             "seconds": time.monotonic() - started,
@@ -160,20 +157,21 @@ class Trainer:
     def _train(self, batches: Iterator[Examples]) -> dict[str, Any]:
         self.parallel.train()
         self.waited = 0.0
-        sums = torch.zeros(3, dtype=torch.float64, device=self.device)  # images, loss, right
+        sums = torch.zeros(4, dtype=torch.float64, device=self.device)  # images, loss, right, skipped
         for step in range(self.steps):
             begun = time.monotonic()
             examples = next(batches)
             self.waited += time.monotonic() - begun
-            self.skipped += examples.skipped
+            self.skipped.update(examples.skipped)
             for group in self.optimizer.param_groups:
                 group["lr"] = self._learning_rate(step)
             sums += self._step(examples)
-        images_, loss, right = self._sum(sums).tolist()
+        images_, loss, right, skipped = self._sum(sums).tolist()
         return {
             "train_samples": int(images_),
             "train_loss": loss / max(images_, 1),
             "train_top1": right / max(images_, 1),
+            "skipped": int(skipped),
         }
 
     def _learning_rate(self, step: int) -> float:
@@ -193,7 +191,8 @@ class Trainer:
         if self.plan.recipe.renormalise is not None:
             recipe.renormalise_filters(self.network, self.plan.recipe.renormalise)
         right = (logits.detach().argmax(1) == labels).sum()
-        return torch.stack([torch.tensor(len(labels), device=self.device), loss.detach(), right]).to(torch.float64)
+        counts = torch.tensor([len(labels), len(examples.skipped)], dtype=torch.float64, device=self.device)
+        return torch.stack([counts[0], loss.detach().double(), right.double(), counts[1]])
 
     def _input(self, examples: Examples) -> Tensor:
         return self.preprocessing.normalise(examples.pixels.to(self.device), examples.top, examples.left)
@@ -209,8 +208,7 @@ class Trainer:
         }
         sums = torch.zeros(2, dtype=torch.float64, device=self.device)
         for examples in self._validation_loader:
-            if self.epoch == 1:
-                self.skipped += examples.skipped
+            self.skipped.update(examples.skipped)
             if not len(examples.label):
                 continue
             logits, labels = self.network(self._input(examples)), examples.label.to(self.device)
@@ -255,11 +253,9 @@ class Trainer:
         )
 
     def _all_skipped(self) -> list[Skipped]:
-        mine = set(self.skipped)
-        if self.world == 1:
-            return sorted(mine, key=lambda s: (s.shard, s.key, s.reason))
-        gathered: list[Any] = [None] * self.world
-        dist.all_gather_object(gathered, mine)
+        gathered: list[Any] = [self.skipped] * self.world
+        if self.world > 1:
+            dist.all_gather_object(gathered, self.skipped)
         return sorted(set().union(*gathered), key=lambda s: (s.shard, s.key, s.reason))
 
     def _write_skipped(self, skipped: list[Skipped]) -> None:
