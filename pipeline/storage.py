@@ -56,7 +56,8 @@ class Location:
         return Location(self.filesystem, str(PurePosixPath(self.path) / name))
 
     def __str__(self) -> str:
-        return self.path if self.local else f"{self.filesystem.type_name}://{self.path}"
+        scheme = {"gcs": "gs"}.get(self.filesystem.type_name, self.filesystem.type_name)
+        return self.path if self.local else f"{scheme}://{self.path}"
 
     @property
     def local(self) -> Path | None:

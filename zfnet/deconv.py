@@ -111,7 +111,8 @@ def record(graph: Graph, images: Tensor, layers: Sequence[str], semantics: Seman
 def project(record: Record, layer: str, cells: Cells, window_batch: int = 16) -> Projections:
     """Project cells of a recorded layer, each alone, down to the pixels of its receptive field.
 
-    At most `window_batch` windows are in memory at a time; beside rounding the result does not depend on it. Raises
+    At most `window_batch` windows are in memory at a time; beside rounding the result does not depend on it. The
+    same call gives the same bits (on CUDA under torch.use_deterministic_algorithms, for the sums of unpooling). Raises
     ValueError for a layer that was not recorded and for cells that are not on its maps.
     """
     activation = record.activation(layer)

@@ -91,7 +91,7 @@ def projection_columns(values: str) -> list[pa.Field]:
     how = {
         "png": "RGB PNG of 8 bits: value = (pixel - 128) / 127 * projection_scale",
         "float32": "height x width x RGB, row-major",
-        "float16": "height x width x RGB, row-major, rounded to 16 bits",
+        "float16": "height x width x RGB, row-major, as a share of projection_scale",
     }[values]
     return [
         tables.column("projection", _VALUES[values], f"Projection in input pixels, cut to the image: {how}."),
@@ -292,22 +292,20 @@ def png(pixels: npt.NDArray[np.uint8]) -> bytes:
 def stored(projections: list[npt.NDArray[np.float32]], values: str) -> dict[str, Any]:
     """The columns of `projection_columns` for these projections [height, width, 3]."""
     scales = [float(np.abs(pixels).max(initial=0.0)) for pixels in projections]
+    relative = [pixels / (scale or 1.0) for pixels, scale in zip(projections, scales, strict=True)]
+    column: Any
     if values == "png":
-        column: Any = [_eight_bit(pixels, scale) for pixels, scale in zip(projections, scales, strict=True)]
+        column = [png(np.rint(128 + 127 * pixels).astype(np.uint8)) for pixels in relative]
+    elif values == "float16":  # shares, because a projection may exceed the 65,504 of a float16
+        column = tables.flat_lists([pixels.astype(np.float16) for pixels in relative], pa.float16())
     else:
-        kind = _VALUES[values].value_type
-        dtype = np.float16 if values == "float16" else np.float32
-        column = tables.flat_lists([pixels.astype(dtype) for pixels in projections], kind)
+        column = tables.flat_lists(projections, pa.float32())
     return {
         "projection": column,
         "projection_height": [pixels.shape[0] for pixels in projections],
         "projection_width": [pixels.shape[1] for pixels in projections],
         "projection_scale": scales,
     }
-
-
-def _eight_bit(pixels: npt.NDArray[np.float32], scale: float) -> bytes:
-    return png(np.rint(128 + 127 * pixels / (scale or 1.0)).astype(np.uint8))
 
 
 def reduce_part(context: Context, results: list[pa.Table]) -> pa.Table:

@@ -39,14 +39,13 @@ def projection_of(row: Mapping[str, Any]) -> Floats:
 
     All forms of `projection_columns` are read: flat float32 or float16, and 8-bit PNG.
     """
-    stored, scale = row["projection"], float(row["projection_scale"])
+    stored = row["projection"]
     if isinstance(stored, bytes):
         pixels = np.asarray(Image.open(io.BytesIO(stored)).convert("RGB"), dtype=np.float32)
         return (pixels - np.float32(128)) / np.float32(127)
-    shape = (row["projection_height"], row["projection_width"], 3)
-    values = np.asarray(stored, dtype=np.float32).reshape(shape)
-    # A float16 above 65504 was stored as inf: clipped, it is shown as what it is, the largest value.
-    return np.clip(values / np.float32(scale or 1.0), -1, 1)
+    values = np.asarray(stored, dtype=np.float32).reshape(row["projection_height"], row["projection_width"], 3)
+    largest = np.abs(values).max(initial=0)
+    return values / largest if largest else values
 
 
 def around_grey(relative: Floats) -> Pixels:

@@ -420,10 +420,10 @@ def test_a_tile_keeps_its_aspect_and_is_exact() -> None:
     assert (wide[20:, :, 3] < 255).all()
 
 
-def test_each_tile_is_scaled_by_itself_and_float16_that_overflowed_is_shown_as_largest() -> None:
-    row = {"projection": np.float16([np.inf, 0, -np.inf]), "projection_scale": 1e6}
-    found = projection_of({**row, "projection_height": 1, "projection_width": 1})
-    assert found.tolist() == [[[1, 0, -1]]]
+def test_each_tile_is_scaled_by_itself() -> None:
+    row = {"projection": np.float32([1e6, 0, -5e5]), "projection_height": 1, "projection_width": 1}
+    assert projection_of(row).tolist() == [[[1, 0, -0.5]]]
+    assert projection_of({**row, "projection": np.zeros(3, np.float32)}).tolist() == [[[0, 0, 0]]]
 
 
 @pytest.mark.parametrize("group_bytes", [1, 4000, 10**9])

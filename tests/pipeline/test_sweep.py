@@ -231,7 +231,7 @@ def test_smaller_values_are_close_to_float32(make_run, make_shards, tmp_path, va
             image = np.asarray(Image.open(io.BytesIO(two.projection)), dtype=np.float32)
             found = ((image - 128) / 127 * two.projection_scale).reshape(-1)
         else:
-            found = np.asarray(two.projection, dtype=np.float32)
+            found = np.asarray(two.projection, dtype=np.float32) * two.projection_scale
         assert np.abs(found - one.projection).max() <= one.projection_scale / 250
 
 

@@ -10,6 +10,7 @@ from networks import Branches, zfnet_like
 from torch import nn
 
 from zfnet.graph import UnknownLayer, Untraceable, average_counts, trace
+from zfnet.normalisation import LocalResponseNorm
 from zfnet.receptive import receptive_field
 
 UNDERSTOOD = {  # torchvision network -> (input size, operations that are not understood)
@@ -119,6 +120,7 @@ FORMS = [
     ("identity", nn.Identity()),
     ("identity", lambda x: x.contiguous()),
     ("normalisation", nn.LocalResponseNorm(3)),
+    ("normalisation", LocalResponseNorm(3, convention="printed")),
     ("normalisation", lambda x: F.local_response_norm(x, 3, alpha=1e-3)),
     ("batchnorm", nn.BatchNorm2d(4)),
     ("softmax", nn.Softmax(dim=1)),
