@@ -67,8 +67,6 @@ def connected(address: str | None) -> Iterator[None]:
         elif os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR"):
             ray.init(**quiet)
         else:
-            # A killed driver takes its cluster with it; this is how long Ray's agents then look for their head.
-            os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", "10")
             # Loopback only, no dashboard: a laptop's job opens no port to others.
             ray.init(
                 address="local",

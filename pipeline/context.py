@@ -14,7 +14,8 @@ from pipeline.runs import Model, Run, RunError
 from pipeline.shards import Index, Sample, Skipped
 from pipeline.sources.default import DEFAULT, shards_or_default
 from zfnet import images
-from zfnet.graph import Graph, trace
+from zfnet.graph import Graph
+from zfnet.tracing import trace
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,8 +16,8 @@ from sklearn.preprocessing import StandardScaler
 from pipeline.shards import Index
 from pipeline.stream import Images, labelled
 from zfnet import models, recipe
-from zfnet.graph import trace
 from zfnet.images import Preprocessing
+from zfnet.tracing import trace
 
 Features = npt.NDArray[np.float32]
 _BATCH = 256

@@ -84,6 +84,8 @@ class Sensitivity:
     """Most probable class of the unoccluded image."""
     clean_probability: float
     """Probability of the target class for the unoccluded image."""
+    clean_class_probability: float
+    """Probability of the most probable class for the unoccluded image."""
     dense_from: str
     """The first operation that was run whole; the name of the input where nothing was computed in windows."""
 
@@ -115,6 +117,7 @@ def sensitivity(
     _check_scores(values[graph.output], target)
     strongest = int(_first_largest(values[activation].amax((2, 3)), 1))
     clean_class = int(_first_largest(values[graph.output], 1))
+    clean_probabilities = _probabilities(graph, values[graph.output])[0]
     target = clean_class if target is None else target
     occluded = _Occluded(graph, clean, filled, grid, method)
     sums, probabilities, classes = [], [], []
@@ -135,7 +138,8 @@ def sensitivity(
         class_map=torch.cat(classes).view(shape),
         target=target,
         clean_class=clean_class,
-        clean_probability=float(_probabilities(graph, values[graph.output])[0, target]),
+        clean_probability=float(clean_probabilities[target]),
+        clean_class_probability=float(clean_probabilities[clean_class]),
         dense_from=occluded.dense_from,
     )
 

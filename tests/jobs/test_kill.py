@@ -44,11 +44,15 @@ def committed(run: Path, job: str) -> set[str]:
 
 
 def alive(mark: str) -> list[int]:
-    """Processes that the job started, Ray's included: they inherit its environment."""
+    """Processes of the job that could still write: they inherit its environment.
+
+    Ray's two agents idle for another minute, telling a head that is gone of its end; they touch nothing.
+    """
     found = []
     for entry in Path("/proc").iterdir():
         try:
-            if entry.name.isdigit() and mark.encode() in (entry / "environ").read_bytes():
+            ours = entry.name.isdigit() and mark.encode() in (entry / "environ").read_bytes()
+            if ours and b"Agent" not in (entry / "cmdline").read_bytes():
                 found.append(int(entry.name))
         except OSError:
             continue

@@ -147,6 +147,7 @@ def write_occlusion(run: Run) -> None:
         "target_class": 1,
         "clean_class": 1,
         "clean_class_name": CLASSES[1],
+        "clean_class_probability": 0.9,
         "clean_probability": 0.9,
         "grid_rows": grid,
         "grid_cols": grid,

@@ -1,5 +1,7 @@
 """Top-k and statistics against plain loops, and the laws that make them mergeable."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -60,11 +62,7 @@ def test_a_merge_does_not_care_for_order_grouping_or_repetition(seed, cuts, k):
     activation = batches(seed, 12)
     samples = np.random.default_rng(seed).permutation(12)
     borders = [0, *sorted(cuts), 12]
-    states = [
-        TopK.of(strongest(activation[a:b]), samples[a:b], k)
-        for a, b in zip(borders, borders[1:], strict=False)
-        if b > a
-    ]
+    states = [TopK.of(strongest(activation[a:b]), samples[a:b], k) for a, b in pairwise(borders) if b > a]
     whole = entries(TopK.of(strongest(activation), samples, k))
     assert entries(TopK.merge(states)) == whole
     assert entries(TopK.merge(states[::-1])) == whole

@@ -13,8 +13,8 @@ from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 
 from zfnet.deconv import Cells, Semantics, Unprojectable, project, record
-from zfnet.graph import trace
 from zfnet.receptive import receptive_field
+from zfnet.tracing import trace
 
 # --- the slow twin: ECCV 2014 Sec. 2.1, whole maps, one cell at a time -----------------------------------------------
 

@@ -9,9 +9,10 @@ import torchvision
 from networks import Branches, zfnet_like
 from torch import nn
 
-from zfnet.graph import UnknownLayer, Untraceable, average_counts, trace
+from zfnet.graph import UnknownLayer, Untraceable, average_counts
 from zfnet.normalisation import LocalResponseNorm
 from zfnet.receptive import receptive_field
+from zfnet.tracing import trace
 
 UNDERSTOOD = {  # torchvision network -> (input size, operations that are not understood)
     "alexnet": (224, 0),

@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from networks import Branches, chains, error, torchvision_network, zfnet_like
 from torch import nn
 
-from zfnet.graph import trace
 from zfnet.occlusion import Grid, sensitivity
+from zfnet.tracing import trace
 
 
 def image_and_fill(size: int, seed=0, dtype=torch.float64):

@@ -7,8 +7,9 @@ from hypothesis import given, settings
 from networks import Branches, chains, zfnet_like
 from torch import nn
 
-from zfnet.graph import UnknownLayer, trace
+from zfnet.graph import UnknownLayer
 from zfnet.receptive import ReceptiveField, fields_beneath, receptive_field
+from zfnet.tracing import trace
 
 # PAPERS 1.1, form A: layer -> receptive field, jump, first pixel.
 ZFNET = {
