@@ -33,8 +33,8 @@ def command(job: str, run: Path, data: Path) -> list[str]:
     return [sys.executable, str(ROOT / "jobs" / f"{job}.py"), "--run", str(run), "--data", str(data), *SMALL[job]]
 
 
-def finish(job: str, run: Path, data: Path) -> str:
-    done = subprocess.run(command(job, run, data), capture_output=True, text=True, timeout=200, check=False)
+def finish(job: str, run: Path, data: Path, *more: str) -> str:
+    done = subprocess.run([*command(job, run, data), *more], capture_output=True, text=True, timeout=200, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -119,10 +119,10 @@ def check(job: str, moment: int | str, whole: Path, data: Path, tmp_path: Path) 
 
 @pytest.fixture
 def undisturbed(make_run, make_shards):
-    """A run with all three sweeps finished, and its shards."""
+    """A run with all three sweeps finished, without Ray, and its shards."""
     data, run = make_shards(val=[20, 13, 9]), make_run()
     for job in TABLES:
-        finish(job, run, data)
+        finish(job, run, data, "--workers.num", "0")
     return run, data
 
 
