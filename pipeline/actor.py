@@ -17,6 +17,7 @@ from pipeline.analysis import Analysis
 from pipeline.cluster import Resources
 from pipeline.context import Batch, Options, open_context, read_pictures
 from pipeline.errors import FORESEEN, SweepFailed
+from pipeline.runs import require_visible
 from pipeline.shards import Skipped
 from pipeline.work import Work
 from zfnet.activations import NotFinite
@@ -26,7 +27,14 @@ class PartActor:
     """Ray Data's actor: loads the model once, then does whole parts."""
 
     def __init__(
-        self, module: str, options: Options, config: Any, slices: list[str], resources: Resources, session: str
+        self,
+        module: str,
+        options: Options,
+        config: Any,
+        slices: list[str],
+        resources: Resources,
+        session: str,
+        token: str,
     ) -> None:
         self.session, self.limit = session, options.attempts
         self.threads = resources.cpus
@@ -34,6 +42,7 @@ class PartActor:
         device = "cuda" if resources.gpus else "cpu"
         try:
             _deterministic()
+            require_visible(token)
             self.analysis: Analysis = importlib.import_module(module).ANALYSIS
             context = open_context(options, config, self.analysis.table, device)
             decides = context.decides(self.analysis.selects)

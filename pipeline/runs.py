@@ -184,6 +184,15 @@ def _refuse_difference(table: Location, name: str, known: dict[str, Any], asked:
         )
 
 
+def require_visible(token: str) -> None:
+    """What the driver wrote must be there on every node. Raises: RunError naming the node that does not see it."""
+    if not Location.of(token).exists():
+        raise RunError(
+            f"node {platform.node()} does not see {token}, which this job wrote before its work: give a --run on "
+            "storage that all nodes share, or s3:// or gs://"
+        )
+
+
 def plan_name(decides: dict[str, Any]) -> str:
     """A folder name from what decides the content of a plan's parts."""
     return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:12]

@@ -72,6 +72,7 @@ def _map(analysis: Analysis, options: Options, work: Work, todo: list[int]) -> N
         "slices": work.slices,
         "resources": resources,
         "session": uuid.uuid4().hex[:8],
+        "token": str(work.token),
     }
     progress = Progress(work.context.table, len(todo), sum(work.parts[number].num_rows for number in todo))
     failures = []

@@ -22,7 +22,7 @@ from pipeline.cluster import Workers
 from pipeline.errors import FORESEEN, SweepFailed
 from pipeline.loop import Plan, Trainer, describe
 from pipeline.progress import say
-from pipeline.runs import Run, RunError
+from pipeline.runs import Run, RunError, require_visible
 from pipeline.sources.default import DEFAULT, shards_or_default
 from pipeline.storage import Location
 from pipeline.stream import labelled
@@ -151,9 +151,14 @@ def _recipe(options: Options) -> Recipe:
         raise RunError(str(error)) from None
 
 
+def claim_of(directory: Run) -> Location:
+    """The file that says what a run directory is training."""
+    return directory.location / "checkpoints" / "training.json"
+
+
 def _claim(directory: Run, plan: Plan) -> None:
     """Write what this run trains before anything else, or check that it is the same. Raises: RunError, StorageError."""
-    claim = directory.location / "checkpoints" / "training.json"
+    claim = claim_of(directory)
     if claim.exists():
         _refuse_other(directory, json.loads(claim.read()), plan)
     claim.write(json.dumps(describe(plan), indent=1).encode())
@@ -226,6 +231,7 @@ def _worker(config: dict[str, Any]) -> None:
     rank, world, device = cluster.train_context()
     plan: Plan = config["plan"]
     try:
+        require_visible(str(claim_of(Run.at(plan.run))))
         Trainer(plan, rank=rank, world=world, device=device, decoders=config["decoders"]).run()
     except FORESEEN as error:
         (Run.at(plan.run).unfinished("train") / "error.txt").write(str(error).encode())

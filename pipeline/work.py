@@ -43,9 +43,14 @@ class Work:
         """Number of parts."""
         return len(self.parts)
 
+    @property
+    def token(self) -> Location:
+        """What the driver writes first: a node that does not see it does not see the run."""
+        return self.location / "plan.json"
+
     def prepare(self) -> None:
         """Write what the actors need to know. Raises: StorageError where the run cannot be written."""
-        (self.location / "plan.json").write(json.dumps({"slices": self.slices, **self.decides}, indent=1).encode())
+        self.token.write(json.dumps({"slices": self.slices, **self.decides}, indent=1).encode())
 
     def part(self, number: int) -> Location:
         """Where a part's rows are committed."""

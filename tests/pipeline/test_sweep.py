@@ -474,3 +474,12 @@ def test_a_run_that_cannot_be_written_is_refused(make_run, make_shards):
 def test_what_can_never_be_scheduled_is_refused(make_run, make_shards, ray_cluster, workers, message):
     with pytest.raises(CannotSchedule, match=message):
         run_top9(make_run(), make_shards(val=[3]), workers=workers)
+
+
+def test_a_node_that_does_not_see_the_run_says_so(make_run, make_shards, monkeypatch):
+    from pipeline.work import Work
+
+    data, run = make_shards(val=[3]), make_run()
+    monkeypatch.setattr(Work, "prepare", lambda self: None)
+    with pytest.raises(SweepFailed, match=r"does not see .+plan.json.+storage that all nodes share"):
+        run_top9(run, data)
