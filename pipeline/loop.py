@@ -90,6 +90,8 @@ class Trainer:
                 world=self.world,
                 decoders=self.decoders,
             )
+            if self.plan.recipe.smallest_crop is not None:  # a mean for each pixel has no place in a scaled crop
+                mean = mean.mean((1, 2), keepdim=True)
         else:
             mean = found.tensors.pop(_MEAN)
             self.network.load_state_dict(found.tensors)
@@ -123,7 +125,8 @@ class Trainer:
             rank=self.rank,
             world=self.world,
         )
-        dataset = Images(self.images_index, self.train_rows, self.preprocessing, self.plan.seed)
+        smallest = self.plan.recipe.smallest_crop
+        dataset = Images(self.images_index, self.train_rows, self.preprocessing, self.plan.seed, smallest)
         return iter(loader(dataset, places, self.decoders))
 
     @cached_property

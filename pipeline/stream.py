@@ -93,8 +93,10 @@ class Examples:
 class Images(Dataset[Any]):
     """Labelled samples by place, decoded and cropped."""
 
-    def __init__(self, index: Index, rows: pa.Table, preprocessing: Preprocessing, seed: int) -> None:
-        self.index, self.rows, self.seed = index, rows, seed
+    def __init__(
+        self, index: Index, rows: pa.Table, preprocessing: Preprocessing, seed: int, smallest: float | None = None
+    ) -> None:
+        self.index, self.rows, self.seed, self.smallest = index, rows, seed, smallest
         self.resize_px, self.crop_px = preprocessing.resize_px, preprocessing.crop_px
 
     def __len__(self) -> int:
@@ -125,7 +127,7 @@ class Images(Dataset[Any]):
             return pixels, start, start, label
         digest = hashlib.blake2b(f"{self.seed} {epoch} {sample.key}".encode("utf-8", "surrogatepass"), digest_size=8)
         rng = np.random.default_rng(int.from_bytes(digest.digest(), "little"))
-        return (*images.random_crop(image, self.resize_px, self.crop_px, rng), label)
+        return (*images.random_crop(image, self.resize_px, self.crop_px, rng, self.smallest), label)
 
     def _collate(self, taken: list[tuple[images.Pixels, int, int, int]], skipped: list[Skipped]) -> Examples:
         side = self.crop_px

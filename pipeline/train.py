@@ -17,6 +17,8 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
+import torch
+
 from pipeline import cluster, metrics, tables
 from pipeline.cluster import Workers
 from pipeline.errors import FORESEEN, SweepFailed
@@ -59,6 +61,8 @@ class Options:
     """First weights: the paper's N(0, 0.01), or He's."""
     schedule: Schedule | None = None
     """Learning rate over time: divided at plateaus, as in the papers, or a cosine."""
+    smallest_crop: float | None = None
+    """Crops of any size from this share of the image to the whole; default crops of the network's input size."""
     seed: int = 0
     """Seed of weights, order and augmentation."""
     train_split: str = "train"
@@ -218,7 +222,9 @@ def _on_ray(options: Options, plan: Plan, directory: Run) -> None:
         decoders = options.decoders if options.decoders is not None else resources.cpus
         problem = directory.unfinished("train") / "error.txt"
         problem.delete()
-        cluster.fit(_worker, {"plan": plan, "decoders": decoders}, resources, MAX_FAILURES)
+        # Decoding takes about as much of a CPU as a small network does; torch's threads would only wait for it.
+        config = {"plan": plan, "decoders": decoders, "threads": max(1, resources.cpus // 2)}
+        cluster.fit(_worker, config, resources, MAX_FAILURES)
         if problem.exists():
             message = problem.read().decode()
             directory.unfinished("train").delete()
@@ -229,6 +235,7 @@ def _on_ray(options: Options, plan: Plan, directory: Run) -> None:
 def _worker(config: dict[str, Any]) -> None:
     """What Ray Train runs on each worker. Foreseen errors are written down: trying again would not help."""
     rank, world, device = cluster.train_context()
+    torch.set_num_threads(config["threads"])
     plan: Plan = config["plan"]
     try:
         require_visible(str(claim_of(Run.at(plan.run))))

@@ -183,14 +183,28 @@ def centre_crop(image: Image.Image, resize_px: int, crop_px: int) -> tuple[Pixel
     return np.asarray(resized.crop((left, top, left + crop_px, top + crop_px))), crop
 
 
-def random_crop(image: Image.Image, resize_px: int, crop_px: int, rng: np.random.Generator) -> tuple[Pixels, int, int]:
+def random_crop(
+    image: Image.Image, resize_px: int, crop_px: int, rng: np.random.Generator, smallest: float | None = None
+) -> tuple[Pixels, int, int]:
     """A training example: a random crop of the centre square, mirrored half the time (AlexNet section 4.1).
+
+    Args:
+        image: RGB.
+        resize_px: side of the centre square.
+        crop_px: side of the result.
+        rng: decides all.
+        smallest: None: crops of crop_px, as in the papers. Else crops of any side from this share of the square's to
+            the whole, resized to crop_px.
 
     Returns: uint8 [crop_px, crop_px, 3], and the crop's top and left in the square of resize_px.
     """
     square, _ = centre_crop(image, resize_px, resize_px)
-    top, left = (int(v) for v in rng.integers(0, resize_px - crop_px + 1, size=2))
-    pixels = square[top : top + crop_px, left : left + crop_px]
+    side = crop_px if smallest is None else round(resize_px * rng.uniform(smallest, 1))
+    top, left = (int(v) for v in rng.integers(0, resize_px - side + 1, size=2))
+    pixels = square[top : top + side, left : left + side]
+    if side != crop_px:
+        scaled = Image.fromarray(pixels).resize((crop_px, crop_px), Image.Resampling.BILINEAR)
+        pixels = np.asarray(scaled)
     if rng.random() < 0.5:
         pixels = pixels[:, ::-1]
     return np.ascontiguousarray(pixels), top, left

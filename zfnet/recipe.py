@@ -49,6 +49,9 @@ class Recipe:
     """Under "plateau": how often at most. AlexNet Sec. 5: three times."""
     warmup: float = 0.0
     """Under "cosine": share of all steps in which the rate climbs from zero."""
+    smallest_crop: float | None = None
+    """None: random crops of the network's input size, as in the papers. Else of any size from this share of the image
+    to the whole, for small data sets; the mean that is subtracted is then one a channel."""
     renormalise: float | None = PAPER_RADIUS
     """Highest root mean square of a convolution filter, enforced after every step; none switches it off."""
 
@@ -62,6 +65,8 @@ class Recipe:
         for name, words in (("init", Initialisation), ("schedule", Schedule)):
             if getattr(self, name) not in get_args(words):
                 raise ValueError(f"{name} is {getattr(self, name)!r}; expected one of {', '.join(get_args(words))}")
+        if self.smallest_crop is not None and not 0 < self.smallest_crop <= 1:
+            raise ValueError(f"smallest_crop is {self.smallest_crop}; expected a share above 0 and at most 1")
         if self.renormalise is not None and self.renormalise <= 0:
             raise ValueError(f"renormalise is {self.renormalise}; expected a radius above 0, or None for no limit")
 

@@ -122,6 +122,21 @@ def test_random_crops_are_of_the_centre_square_and_repeatable():
     assert {mirrored for *_, mirrored in seen} == {True, False}
 
 
+def test_scaled_crops_are_of_any_size():
+    image = picture(72, 72)
+    corners = set()
+    for seed in range(60):
+        pixels, top, left = images.random_crop(image, 72, 64, np.random.default_rng(seed), smallest=0.5)
+        assert pixels.shape == (64, 64, 3)
+        assert 0 <= top <= 36
+        assert 0 <= left <= 36
+        corners.add((top, left))
+    assert len(corners) > 40
+    whole, top, left = images.random_crop(image, 72, 72, np.random.default_rng(1), smallest=1.0)
+    assert (top, left) == (0, 0)
+    assert np.array_equal(whole, np.asarray(image)) or np.array_equal(whole, np.asarray(image)[:, ::-1])
+
+
 def test_ten_crops_are_corners_centre_and_reflections():
     image = picture(64, 64)
     square = np.asarray(image)
