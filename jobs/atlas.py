@@ -10,7 +10,6 @@ from typing import Annotated
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from pipeline import atlas, command
-from pipeline.progress import say
 from pipeline.runs import Run
 
 
@@ -21,7 +20,7 @@ def main(options: Annotated[atlas.Options, command.FLAT], run: str = "runs/demo"
         options: Annotated[what, command.FLAT] the pages hold.
         run: run directory: a local path, s3:// or gs://.
     """
-    say(f"atlas: {atlas.build(Run.at(run), options) / 'index.html'}")
+    atlas.build(Run.at(run), options)
     return 0
 
 

@@ -39,7 +39,7 @@ def run(options: Options) -> int:
         sweep.run(top9.ANALYSIS, sweeps, top9.Config())
         sweep.run(deconv.ANALYSIS, sweeps, deconv.Config())
         sweep.run(occlusion.ANALYSIS, sweeps, occlusion.Config(first=12))
-    page = atlas.build(Run.at(options.run), atlas.Options()) / "index.html"
+    page = atlas.build(Run.at(options.run), atlas.Options())
     _say_accuracy(options, linear_baselines(index, "zfnet_small"))
     say(f"\ndemo: {time.time() - started:.0f} s. Open {page}, or read the tables:")
     say(f'  pd.read_parquet("{Location.of(options.run)}/results/top9")')

@@ -76,7 +76,7 @@ def _pictures(site: Site, sources: Sources, layer: Layer, tile_px: int) -> tuple
         return {}, ()
     chosen = set(_evenly([map_.number for map_ in layer.maps if map_.entries], sprites.THUMBNAILS))
     tiles, drawn = {}, {}
-    for sprite in sprites.sprites(location, tile_px):
+    for sprite in sprites.sprites(location, tile_px, sources.input_px):
         drawn[sprite.feature_map] = f"{_assets(layer.name)}/map-{sprite.feature_map:04d}.webp"
         site.write(drawn[sprite.feature_map], sprite.data)
         if sprite.feature_map in chosen:

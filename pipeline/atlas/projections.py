@@ -1,8 +1,9 @@
 """From a stored projection or patch to the pixels of one tile.
 
-A tile shows the receptive field's whole box, at one scale for all tiles of a layer. Projection and patch are cut to
-the image, so at the image's border they fill only a part of the box; the rest is hatched, which is neither zero
-(grey) nor black. A projection is signed: zero is mid-grey, and each tile is scaled by its own largest value.
+A tile shows the receptive field's whole box, at one scale for all tiles of a layer; where that is larger than the
+image, it shows the image. Projection and patch are cut to the image, so at its border they fill only a part of the
+box; the rest is hatched, which is neither zero (grey) nor black. A projection is signed: zero is mid-grey, and each
+tile is scaled by its own largest value.
 """
 
 from __future__ import annotations
@@ -32,6 +33,12 @@ class Box:
     left: int
     height: int
     width: int
+
+    def within(self, input_px: int) -> Box:
+        """The box, or along an axis on which it is longer than the image, the image as seen from what is cut of it."""
+        rows = (self.top, self.height) if self.height <= input_px else (-max(self.top, 0), input_px)
+        cols = (self.left, self.width) if self.width <= input_px else (-max(self.left, 0), input_px)
+        return Box(rows[0], cols[0], rows[1], cols[1])
 
 
 def projection_of(row: Mapping[str, Any]) -> Floats:

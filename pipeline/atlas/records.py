@@ -117,6 +117,11 @@ class Sources:
     occlusion: str
 
     @property
+    def input_px(self) -> int:
+        """Side of the network's input."""
+        return int(self.run.describe()["preprocessing"]["crop_px"])
+
+    @property
     def feature_maps(self) -> str:
         """The table that is made together with top9, under the same further name."""
         return "feature_maps" + self.top9.removeprefix("top9")

@@ -46,11 +46,11 @@ def size(tile_px: int) -> tuple[int, int]:
     return 2 * block + MIDDLE, block
 
 
-def sprites(table: Location, tile_px: int) -> Iterator[Sprite]:
-    """The pictures of all feature maps of a layer's deconv file, in its order."""
+def sprites(table: Location, tile_px: int, input_px: int) -> Iterator[Sprite]:
+    """The pictures of all feature maps of a layer's deconv file, in its order, for a network's input of `input_px`."""
     with ThreadPoolExecutor(_THREADS) as threads:  # decoding and encoding release the interpreter lock
         for rows in _whole_maps(table):
-            yield from threads.map(lambda piece: _sprite(piece, tile_px), _split(rows))
+            yield from threads.map(lambda piece: _sprite(piece, tile_px, input_px), _split(rows))
 
 
 def _whole_maps(table: Location) -> Iterator[pa.Table]:
@@ -79,10 +79,11 @@ def _split(rows: pa.Table) -> list[pa.Table]:
     return [rows.slice(start, end - start) for start, end in zip(starts, ends, strict=True)]
 
 
-def _sprite(rows: pa.Table, tile_px: int) -> Sprite:
+def _sprite(rows: pa.Table, tile_px: int, input_px: int) -> Sprite:
     width, height = size(tile_px)
     sheet = np.zeros((height, width, 4), dtype=np.uint8)
-    tiles = [_tiles(row, tile_px) for row in rows.slice(0, SHOWN).combine_chunks().to_batches() for row in _rows(row)]
+    batches = rows.slice(0, SHOWN).combine_chunks().to_batches()
+    tiles = [_tiles(row, tile_px, input_px) for batch in batches for row in _rows(batch)]
     for place, pair in enumerate(tiles):
         top, left = (step * (tile_px + GAP) for step in divmod(place, ACROSS))
         for start, pixels in zip((left, left + (width + MIDDLE) // 2), pair, strict=True):
@@ -98,8 +99,8 @@ def _rows(batch: pa.RecordBatch) -> Iterator[dict[str, object]]:
         yield {**row, "projection": stored.values.to_numpy() if listed else stored.as_py()}
 
 
-def _tiles(row: dict[str, object], tile_px: int) -> tuple[Pixels, Pixels]:
-    box = Box(*(int(str(row[side])) for side in ("top", "left", "height", "width")))
+def _tiles(row: dict[str, object], tile_px: int, input_px: int) -> tuple[Pixels, Pixels]:
+    box = Box(*(int(str(row[side])) for side in ("top", "left", "height", "width"))).within(input_px)
     return tile(around_grey(projection_of(row)), box, tile_px), tile(patch_of(row), box, tile_px)
 
 

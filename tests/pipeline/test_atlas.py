@@ -421,6 +421,15 @@ def test_a_tile_keeps_its_aspect_and_is_exact() -> None:
     assert (wide[20:, :, 3] < 255).all()
 
 
+def test_a_field_larger_than_the_image_is_shown_on_the_image() -> None:
+    assert Box(-4, 20, 12, 12).within(64) == Box(-4, 20, 12, 12)
+    box = Box(-10, 15, 83, 83).within(64)
+    assert box == Box(0, -15, 64, 64)
+    drawn = tile(np.full((64, 49, 3), 9, dtype=np.uint8), box, 64)
+    assert (drawn[:, 15:, :3] == 9).all()
+    assert (drawn[:, :15, 3] < 255).all()
+
+
 def test_each_tile_is_scaled_by_itself() -> None:
     row = {"projection": np.float32([1e6, 0, -5e5]), "projection_height": 1, "projection_width": 1}
     assert projection_of(row).tolist() == [[[1, 0, -0.5]]]
@@ -432,7 +441,7 @@ def test_a_map_that_row_groups_share_is_drawn_once_and_whole(tmp_path: Path, gro
     run = make_run(tmp_path, without=("occlusion",))
     location = run.results("deconv") / "conv1.parquet"
     tables.write(tables.read(location), location, row_group_bytes=group_bytes)
-    found = list(sprites.sprites(location, 96))
+    found = list(sprites.sprites(location, 96, SIDE))
     assert [sprite.feature_map for sprite in found] == [0, 1, 3]
     sheet = np.asarray(Image.open(io.BytesIO(found[0].data)))
     assert (sheet[-10:, 200:280, 3] == 255).any()  # the ninth tile is there
