@@ -1,4 +1,4 @@
-"""`ray job submit` and `--address`, on a real head of its own: own ports, own folder, a token thrown away afterwards."""
+"""`ray job submit` and `--address`, on a real head: own ports, own folder, a token thrown away afterwards."""
 
 import os
 import shutil
