@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import importlib
+import os
 import time
 import traceback
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -38,30 +41,29 @@ class PartActor:
     ) -> None:
         self.session, self.limit = session, options.attempts
         self.threads = resources.cpus
+        self.device = "cuda" if resources.gpus else "cpu"
         self.error = ""
-        device = "cuda" if resources.gpus else "cpu"
         try:
             _deterministic()
             require_visible(token)
             self.analysis: Analysis = importlib.import_module(module).ANALYSIS
-            context = open_context(options, config, self.analysis.table, device)
-            decides = context.decides(self.analysis.selects)
-            self.work = Work.of(context, self.analysis, slices, self.analysis.plan(context).samples, decides)
-            self.work.require_environment(device)
+            context = open_context(options, config, self.analysis.table, self.device)
+            self.work = Work.of(context, self.analysis, slices)
+            self.work.require_environment(self.device)
             self.state = self.analysis.setup(context, slices)
         except Exception as error:  # an actor that cannot start would be restarted for ever
             self.error = _explain(error)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[Any]]:
-        """One part in, one account row out; errors are returned, because Ray would retry them for ever."""
+        """One part in, one row out; errors are returned, because Ray would retry them for ever."""
         number = int(batch["part"][0])
-        account: dict[str, Any] = {"part": number, "samples": 0, "error": self.error, "fatal": bool(self.error)}
-        if not self.error:
+        samples, error = 0, self.error
+        if not error:
             try:
-                account["samples"] = self._do(number)
-            except Exception as error:
-                account.update(error=_explain(error), fatal=True)
-        return {name: [value] for name, value in account.items()}
+                samples = self._do(number)
+            except Exception as problem:
+                error = _explain(problem)
+        return {"part": [number], "samples": [samples], "error": [error]}
 
     def _do(self, number: int) -> int:
         attempt = self.work.begin_attempt(number, self.session)
@@ -69,19 +71,15 @@ class PartActor:
             raise SweepFailed(f"its worker died {self.limit} times in a row (out of memory?): give up")
         started = time.time()
         rows = self.work.parts[number]
-        results, skipped = self._results(rows)
+        results, skipped, read = self._results(rows)
+        if read + len(skipped) != rows.num_rows:
+            raise SweepFailed(f"{rows.num_rows} samples in, {read} read and {len(skipped)} skipped: a fault of ours")
         table = tables.conform(self.analysis.reduce_part(self.work.context, results), self.work.part_schema)
-        account = {
-            "samples": rows.num_rows,
-            "skipped": len(skipped),
-            "seconds": time.time() - started,
-            "finished": time.time(),
-        }
-        self.work.commit(number, table, skipped, account)
+        self.work.commit(number, table, skipped, self.device, time.time() - started)
         return int(rows.num_rows)
 
-    def _results(self, rows: pa.Table) -> tuple[list[Any], list[Skipped]]:
-        """The analysis's result of every batch, in order.
+    def _results(self, rows: pa.Table) -> tuple[list[Any], list[Skipped], int]:
+        """The analysis's result of every batch, in order, what was skipped, and how many images were read.
 
         On a CPU each thread takes whole batches with one torch thread, so neither decoding nor the network ever
         waits, and the number of threads cannot change a sum. On a GPU threads decode ahead of it.
@@ -90,26 +88,27 @@ class PartActor:
         batches = [rows.slice(start, size) for start in range(0, rows.num_rows, size)]
         skipped: list[Skipped] = []
         results: list[Any] = []
-        on_cpu = self.work.context.device == "cpu"
+        read = 0
+        on_cpu = self.device == "cpu"
         with ThreadPoolExecutor(self.threads) as pool:
-            work = self._prepare_and_map if on_cpu else self._prepare
-            for result, not_read in pool.map(work, batches):
+            for images, result, not_read in pool.map(self._prepare_and_map if on_cpu else self._prepare, batches):
                 skipped += not_read
-                if result is not None:
+                read += images
+                if images:
                     results.append(result if on_cpu else self._map(result))
-        return results, skipped
+        return results, skipped, read
 
-    def _prepare_and_map(self, rows: pa.Table) -> tuple[Any, list[Skipped]]:
-        batch, skipped = self._prepare(rows)
-        return (None if batch is None else self._map(batch)), skipped
+    def _prepare_and_map(self, rows: pa.Table) -> tuple[int, Any, list[Skipped]]:
+        images, batch, skipped = self._prepare(rows)
+        return images, None if batch is None else self._map(batch), skipped
 
-    def _prepare(self, rows: pa.Table) -> tuple[Batch | None, list[Skipped]]:
+    def _prepare(self, rows: pa.Table) -> tuple[int, Batch | None, list[Skipped]]:
         pictures, skipped = read_pictures(self.work.context, rows)
         if not pictures:
-            return None, skipped
+            return 0, None, skipped
         context = self.work.context
         pixels = torch.from_numpy(np.stack([picture.pixels for picture in pictures])).to(context.device)
-        return Batch(pictures, context.model.preprocessing.normalise(pixels)), skipped
+        return len(pictures), Batch(pictures, context.model.preprocessing.normalise(pixels)), skipped
 
     def _map(self, batch: Batch) -> Any:
         try:
@@ -123,7 +122,8 @@ class PartActor:
 
 
 def _deterministic() -> None:
-    """DESIGN section 4: the same bits for any number of workers and threads."""
+    """The same bits for any number of workers and threads, on the same device and versions."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic only with a fixed workspace
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.benchmark = False
@@ -136,3 +136,19 @@ def _explain(error: Exception) -> str:
     if isinstance(error, FORESEEN):
         return str(error)
     return "".join(traceback.format_exception(error))
+
+
+@contextmanager
+def torch_settings_kept() -> Iterator[None]:
+    """An actor in this process leaves torch as it found it."""
+    threads = torch.get_num_threads()
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    cudnn = torch.backends.cudnn.benchmark, torch.backends.cudnn.allow_tf32
+    matmul = torch.backends.cuda.matmul.allow_tf32
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+        torch.use_deterministic_algorithms(deterministic)
+        torch.backends.cudnn.benchmark, torch.backends.cudnn.allow_tf32 = cudnn
+        torch.backends.cuda.matmul.allow_tf32 = matmul

@@ -19,42 +19,65 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What is to be done."""
+class Finished:
+    """One file of a finished table, on its way out of a fold."""
 
-    slices: list[str]
-    """Slices of the table that are wanted."""
-    samples: pa.Table
-    """Rows of Index.split, in index order: the samples to read."""
+    table: str
+    """The table, as the analysis calls it (--name is added by the sweep)."""
+    slice: str
+    schema: pa.Schema
+    pieces: Iterator[pa.Table]
+    """Its rows, so many at a time as memory should hold."""
+
+
+def _no_setup(context: Context, slices: list[str]) -> None:
+    return None
+
+
+def _no_sources(context: Context, slice_: str) -> dict[str, Any]:
+    return {}
+
+
+def _as_given(context: Context) -> Any:
+    return context.config
 
 
 @dataclass(frozen=True, kw_only=True)
 class Analysis:
     """One analysis as data and functions; each lives in a file of pipeline/analyses.
 
-    Its configuration holds only what decides the content, with the fields `part_size` and `batch_size`.
+    Its configuration holds what decides the content, with the fields `part_size` and `batch_size`; fields that only
+    choose slices are named in `selects`.
     """
 
     table: str
-    """Name of the table, and of the analysis."""
+    """Name of the analysis and of its main table."""
+    tables: tuple[str, ...]
+    """All tables that the fold writes; a slice is finished when it is finished in each."""
     module: str
     """Module that holds this record as ANALYSIS, for the actors."""
     part_schema: Callable[[Any], pa.Schema]
     """Configuration -> schema of a part's rows, with a column `layer` where slices are layers."""
-    plan: Callable[[Context], Plan]
-    """What is to be done; raises where the run does not allow it."""
-    setup: Callable[[Context, list[str]], Any] = lambda context, slices: None
-    """Slices still missing -> whatever `map_batch` needs, once for each actor."""
+    resolve: Callable[[Context], Any] = _as_given
+    """Configuration with its defaults filled in from the run; raises where a choice is the user's."""
+    selects: tuple[str, ...] = ("layers",)
+    """Fields of the configuration that only choose slices."""
+    slices: Callable[[Context], list[str]]
+    """The slices that are wanted; raises where the run or the configuration does not allow them."""
+    sources: Callable[[Context, str], dict[str, Any]] = _no_sources
+    """What other tables a slice is made of, by the identity of what made them."""
+    samples: Callable[[Context, list[str]], pa.Table]
+    """Slices to make -> the rows of Index.split that they need, in index order."""
+    setup: Callable[[Context, list[str]], Any] = _no_setup
+    """Slices to make -> whatever `map_batch` needs, once for each actor."""
     map_batch: Callable[[Context, Any, Batch], Any]
     """Batch -> anything; runs without gradients, for several batches at once in threads."""
     reduce_part: Callable[[Context, list[Any]], pa.Table]
     """The results of all batches of a part, in order -> its rows."""
-    fold: Callable[[Context, list[Location], list[str]], Iterator[tuple[str, str, pa.Schema, Iterator[pa.Table]]]]
-    """Parts in order, slices -> (table, slice, schema, its rows in pieces), for each finished file."""
-    resolve: Callable[[Context], Any] = lambda context: context.config
-    """Configuration with its defaults filled in from the run; raises where a choice is the user's."""
-    selects: tuple[str, ...] = ("layers",)
-    """Fields of the configuration that only select slices."""
+    fold: Callable[[Context, list[Location], list[str]], Iterator[Finished]]
+    """Parts in order, slices -> the finished files."""
+    expected_rows: Callable[[Context, str, set[str]], int | None] = lambda context, slice_, skipped: None
+    """Slice and skipped keys -> how many rows it must have, where that is known beforehand."""
 
 
 def fold_tree(states: Iterator[T], merge: Callable[[list[T]], T], fan_in: int = FAN_IN) -> T:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field
+import re
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import pyarrow as pa
@@ -12,7 +13,8 @@ from torch import Tensor
 from pipeline.cluster import Workers
 from pipeline.runs import Model, Run, RunError
 from pipeline.shards import Index, Sample, Skipped
-from pipeline.sources.default import DEFAULT, shards_or_default
+from pipeline.sources.default import DEFAULT
+from pipeline.storage import Location
 from zfnet import images
 from zfnet.graph import Graph
 from zfnet.tracing import trace
@@ -31,7 +33,7 @@ class Options:
     split: str = "val"
     """Split of the shards."""
     name: str | None = None
-    """Write to results/TABLE-NAME instead of results/TABLE."""
+    """Write to results/TABLE-NAME instead of results/TABLE; letters, digits, '.', '_' and '-'."""
     address: str | None = None
     """Ray cluster to join; default the one of `ray job submit`, else an own one."""
     max_skipped: float = 0.01
@@ -46,6 +48,17 @@ class Options:
             raise RunError(f"--max-skipped is {self.max_skipped}: give a share from 0 to 1")
         if self.attempts < 1:
             raise RunError(f"--attempts is {self.attempts}: give at least 1")
+        if self.name is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", self.name):
+            raise RunError(f"--name is {self.name!r}: give letters, digits, '.', '_' and '-', a letter or digit first")
+
+    def resolved(self) -> Options:
+        """The same with absolute paths: a worker's current folder is not the driver's."""
+        run, data = (str(Location.of(path)) for path in (self.run, self.data))
+        return replace(self, run=run, data=data, index=self.index and str(Location.of(self.index)))
+
+    def named(self, table: str) -> str:
+        """The table's name in the run."""
+        return table if self.name is None else f"{table}-{self.name}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,7 +104,7 @@ class Context:
         """What decides a slice's content, ready for JSON: configuration, network and images.
 
         Args:
-            selects: fields of the configuration that only select slices.
+            selects: fields of the configuration that only choose slices.
         """
         config = {name: value for name, value in asdict(self.config).items() if name not in selects}
         decided: dict[str, Any] = json.loads(json.dumps({**config, "split": self.split, **self.identity}))
@@ -101,9 +114,9 @@ class Context:
 def open_context(options: Options, config: Any, analysis: str, device: str) -> Context:
     """Load the run's model and the shards' index."""
     run = Run.at(options.run)
-    table = analysis if options.name is None else f"{analysis}-{options.name}"
+    table = options.named(analysis)
     model = run.load_model()
-    index = shards_or_default(options.data, options.index)
+    index = Index.load(options.data, options.index)
     if device == "cuda":
         model.network.to(device)
     size = model.preprocessing.crop_px

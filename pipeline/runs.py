@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +29,7 @@ from zfnet import models
 from zfnet.images import Preprocessing
 
 _MEAN, _STD = "preprocessing.mean", "preprocessing.std"
+_LONGEST_STEM = 80
 
 
 class RunError(ValueError):
@@ -138,33 +140,43 @@ class Run:
         """The folder of a finished table."""
         return self.location / "results" / table
 
+    def slice(self, table: str, name: str) -> Location:
+        """The file of a slice of a table."""
+        return self.results(table) / f"{file_stem(name)}.parquet"
+
+    def _manifests(self, table: str) -> Location:
+        return self.location / "results" / "manifests" / table
+
     def manifest(self, table: str) -> dict[str, Any]:
         """Finished slices of a table by name, with what made them; empty where none is finished."""
-        location = self.location / "results" / f"{table}.manifest.json"
-        if not location.exists():
-            return {}
-        try:
-            slices: dict[str, Any] = json.loads(location.read())["slices"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise RunError(f"{location} is damaged ({error!r}): delete it and run the job again") from None
-        return slices
+        found = {}
+        for name in self._manifests(table).names():
+            location = self._manifests(table) / name
+            try:
+                entry = json.loads(location.read())
+                found[str(entry["slice"])] = entry
+            except (ValueError, KeyError, TypeError) as error:
+                raise RunError(f"{location} is damaged ({error!r}): delete it and run the job again") from None
+        return found
 
-    def finish(self, table: str, slices: dict[str, Any]) -> None:
-        """Add slices to the table's manifest: the last step of a job."""
-        known = self.manifest(table)
-        (self.location / "results" / f"{table}.manifest.json").write(
-            json.dumps({"table": table, "slices": known | slices}, indent=1).encode()
-        )
+    def finish(self, table: str, slice_: str, entry: dict[str, Any]) -> None:
+        """Write a slice's manifest: the last step. One file a slice, so that jobs side by side lose nothing."""
+        text = json.dumps({"table": table, "slice": slice_, **entry}, indent=1)
+        (self._manifests(table) / f"{file_stem(slice_)}.json").write(text.encode())
 
-    def missing(self, table: str, wanted: list[str], fingerprint: dict[str, Any]) -> list[str]:
-        """The wanted slices that are not finished.
+    def missing(self, table: str, wanted: dict[str, dict[str, Any]]) -> list[str]:
+        """The slices that are not finished.
+
+        Args:
+            table: name of the table.
+            wanted: slice -> its fingerprint.
 
         Raises: RunError where one is finished with another configuration: a finished slice is never rewritten.
         """
         finished = self.manifest(table)
-        for name in wanted:
+        for name, fingerprint in wanted.items():
             if name in finished:
-                _refuse_difference(self.results(table), name, finished[name]["fingerprint"], fingerprint)
+                _refuse_difference(self.results(table), name, finished[name].get("fingerprint", {}), fingerprint)
         return [name for name in wanted if name not in finished]
 
     def unfinished(self, table: str) -> Location:
@@ -180,7 +192,7 @@ def _refuse_difference(table: Location, name: str, known: dict[str, Any], asked:
         )
         raise RunError(
             f"{name} of {table} is finished with another configuration ({detail}). Finished results are never "
-            f"rewritten: give --name X to write to {table.name}-X, or delete {table} and its manifest yourself"
+            f"rewritten: give --name X to write to {table.name}-X, or delete {table} and its manifests yourself"
         )
 
 
@@ -193,9 +205,15 @@ def require_visible(token: str) -> None:
         )
 
 
-def plan_name(decides: dict[str, Any]) -> str:
-    """A folder name from what decides the content of a plan's parts."""
-    return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:12]
+def file_stem(name: str) -> str:
+    """A file name (without its end) that stands for any text: the same one always, and none twice.
+
+    A plain lower-case name stands for itself; any other is made plain and told apart by a hash.
+    """
+    plain = re.sub(r"[^a-z0-9._-]+", "-", name.lower()).strip(".-")[:_LONGEST_STEM]
+    if plain and plain == name:
+        return plain
+    return f"{plain or 'slice'}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
 
 
 def versions() -> dict[str, str]:

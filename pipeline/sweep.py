@@ -1,9 +1,9 @@
 """Parts x model -> table: map, commit, fold. How every analysis runs on Ray.
 
-A plan is a list of samples cut into parts, and the slices to make of them. An actor reads and decodes a part, hands
-its batches to the analysis, and commits the part's rows by one rename under a name that follows from the part alone.
-When all parts are there, the fold turns them into the finished tables, and the manifest, written last, says so.
-Killed at any moment, the same command goes on where it stopped and ends with the same bytes.
+The samples that the missing slices need are cut into parts. An actor reads and decodes a part, hands its batches to the
+analysis, and commits the part's rows by one rename under a name that follows from the part alone. When all parts are
+there, the fold turns them into the finished files, and the manifests, written last, say so. Killed at any moment, the
+same command goes on where it stopped and ends with the same bytes.
 """
 
 from __future__ import annotations
@@ -11,21 +11,20 @@ from __future__ import annotations
 import json
 import time
 import uuid
-from collections import Counter
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
-import pyarrow.parquet as pq
-
 from pipeline import cluster, tables
-from pipeline.actor import PartActor
+from pipeline.actor import PartActor, torch_settings_kept
 from pipeline.analysis import Analysis
 from pipeline.context import Context, Options, open_context
-from pipeline.errors import SweepFailed
+from pipeline.errors import FORESEEN, SweepFailed
 from pipeline.progress import Progress, say
 from pipeline.shards import Skipped
-from pipeline.work import Work
+from pipeline.sources.default import shards_or_default
+from pipeline.storage import Location
+from pipeline.work import Work, clear_stale, delete_if_empty, fingerprint, reasons
 
 EXIT_SKIPPED = 3
 """Exit status of a job that finished with more samples skipped than --max-skipped allows."""
@@ -37,25 +36,44 @@ def run(analysis: Analysis, options: Options, config: Any) -> int:
     Raises: RunError, BadShards, StorageError, CannotSchedule, SweepFailed, each with a message for the user.
     """
     started = time.time()
+    shards_or_default(options.data, options.index)
+    options = options.resolved()
     context = open_context(options, config, analysis.table, "cpu")
     context = replace(context, config=analysis.resolve(context))
-    plan = analysis.plan(context)
-    decides = context.decides(analysis.selects)
-    missing = context.run.missing(context.table, plan.slices, decides)
-    if not missing:
-        say(f"{context.table}: {_listed(plan.slices)} finished already, in {context.run.results(context.table)}")
-        return _status(context, plan.slices, options.max_skipped)
-    work = Work.of(context, analysis, missing, plan.samples, decides)
+    wanted = {slice_: fingerprint(context, analysis, slice_) for slice_ in analysis.slices(context)}
+    missing = _missing(analysis, context, options, wanted)
+    clear_stale(context, {name: made for name, made in wanted.items() if name not in missing})
+    if missing:
+        _make(analysis, context, options, missing, started)
+        say(f"{context.table}: finished in {time.time() - started:.1f} s: {context.run.results(context.table)}")
+    else:
+        say(f"{context.table}: {_listed(list(wanted))} finished already, in {context.run.results(context.table)}")
+    return _status(context, list(wanted), options.max_skipped)
+
+
+def _missing(analysis: Analysis, context: Context, options: Options, wanted: dict[str, dict[str, Any]]) -> list[str]:
+    """Slices that are not finished in each of the analysis's tables."""
+    missing = [context.run.missing(options.named(table), wanted) for table in analysis.tables]
+    return sorted({slice_ for some in missing for slice_ in some})
+
+
+def _make(analysis: Analysis, context: Context, options: Options, missing: list[str], started: float) -> None:
+    work = Work.of(context, analysis, missing)
     work.prepare()
     todo = work.unfinished_parts()
-    say(f"{context.table}: {json.dumps(decides)}")
-    say(f"{context.table}: {_listed(missing)}; {plan.samples.num_rows} images, {len(todo)} of {work.count} parts to do")
-    if todo:
-        with nullcontext() if options.workers.num == 0 else cluster.connected(options.address):
-            _map(analysis, options, work, todo)
-    _fold(analysis, context, options, work, started)
-    say(f"{context.table}: finished in {time.time() - started:.1f} s: {context.run.results(context.table)}")
-    return _status(context, plan.slices, options.max_skipped)
+    say(f"{context.table}: {json.dumps(context.decides(analysis.selects))}")
+    say(f"{context.table}: {_listed(missing)}; {work.samples} images, {len(todo)} of {len(work.parts)} parts to do")
+    try:
+        if todo:
+            with nullcontext() if options.workers.num == 0 else cluster.connected(options.address):
+                _map(analysis, options, work, todo)
+        _fold(analysis, options, work, started)
+    except (*FORESEEN, FileNotFoundError):
+        if _missing(analysis, context, options, work.fingerprints):
+            raise
+        say(f"{context.table}: another run of this job finished it meanwhile")
+    work.location.delete()
+    delete_if_empty(work.location.parent)
 
 
 def _listed(slices: list[str]) -> str:
@@ -75,94 +93,71 @@ def _map(analysis: Analysis, options: Options, work: Work, todo: list[int]) -> N
         "token": str(work.token),
     }
     progress = Progress(work.context.table, len(todo), sum(work.parts[number].num_rows for number in todo))
-    failures = []
-    for account in cluster.map_parts(PartActor, arguments, [{"part": number} for number in todo], resources):
-        if account["error"]:
-            failures.append(account)
-            if account["fatal"]:
-                break
-        else:
-            progress.advance(account["samples"])
-    if failures:
-        worst = failures[-1]
-        raise SweepFailed(
-            f"{work.context.table}: part {worst['part']} failed: {worst['error']}\n{len(work.unfinished_parts())} of "
-            f"{work.count} parts are not done; what is done is kept: mend the cause and give the same command again"
-        )
+    with torch_settings_kept():
+        for done in cluster.map_parts(PartActor, arguments, [{"part": number} for number in todo], resources):
+            if done["error"]:
+                raise SweepFailed(
+                    f"{work.context.table}: part {done['part']} failed: {done['error']}\n"
+                    f"{len(work.unfinished_parts())} of {len(work.parts)} parts are not done; what is done is kept: "
+                    "mend the cause and give the same command again"
+                )
+            progress.advance(done["samples"])
 
 
-def _fold(analysis: Analysis, context: Context, options: Options, work: Work, started: float) -> None:
-    """Finished tables from all parts, then skipped table, account and manifests; the main table's manifest is last."""
-    skipped = _skipped_of(work)
-    if len(skipped) == sum(part.num_rows for part in work.parts):
-        reasons = ", ".join(f"{count} {reason}" for reason, count in Counter(s.reason for s in skipped).items())
-        raise SweepFailed(f"{context.table}: not one image could be read ({reasons}): there is nothing to write")
-    parts = [work.part(number) for number in range(work.count)]
-    rows: dict[str, dict[str, int]] = {}
-    for table, slice_, schema, pieces in analysis.fold(context, parts, work.slices):
-        table = table if options.name is None else f"{table}-{options.name}"
-        location = context.run.results(table) / f"{slice_}.parquet"
-        count = tables.write_stream(pieces, schema, location, staging=work.location / "staging")
-        rows.setdefault(table, {})[slice_] = count
-    _write_skipped(context, skipped)
-    _write_account(context, work)
+def _fold(analysis: Analysis, options: Options, work: Work, started: float) -> None:
+    """Finished files from all parts, then skipped samples and account, then the manifests."""
+    context = work.context
+    skipped, environment = work.verify()
+    if len(skipped) == work.samples:
+        why = ", ".join(f"{count} {reason}" for reason, count in reasons(skipped).items())
+        raise SweepFailed(f"{context.table}: not one image could be read ({why}): there is nothing to write")
     entry = {
-        "fingerprint": work.decides,
-        "parts": work.count,
-        "samples": sum(part.num_rows for part in work.parts),
-        "skipped": dict(Counter(s.reason for s in skipped)),
+        "parts": len(work.parts),
+        "samples": work.samples,
+        "skipped": reasons(skipped),
         "max_skipped": options.max_skipped,
-        "environment": json.loads((work.location / "environment.json").read()),
-        "seconds": round(time.time() - started, 3),
+        "environment": environment,
     }
-    for table in sorted(rows, key=lambda name: name == context.table):
-        context.run.finish(table, {slice_: {"rows": count, **entry} for slice_, count in rows[table].items()})
-    work.delete()
+    finished = []
+    for file in analysis.fold(context, [work.part(number) for number in range(len(work.parts))], work.slices):
+        table = options.named(file.table)
+        context.run.missing(table, {file.slice: work.fingerprints[file.slice]})  # refuses what another run finished
+        location = context.run.slice(table, file.slice)
+        rows = tables.write_stream(file.pieces, file.schema, location, staging=work.location / "staging")
+        if table == context.table:
+            _require_rows(analysis, context, file.slice, skipped, rows)
+        finished.append((table, file.slice, rows))
+    _write_skipped(work, skipped)
+    tables.write(work.account(), _beside(work, "account"))
+    for table, slice_, rows in finished:
+        made = {"rows": rows, "fingerprint": work.fingerprints[slice_], **entry}
+        context.run.finish(table, slice_, {**made, "seconds": round(time.time() - started, 3)})
 
 
-def _skipped_of(work: Work) -> list[Skipped]:
-    """The skipped samples of all parts."""
-    found = []
-    for number in range(work.count):
-        with work.part(number).open() as file:
-            notes = pq.read_schema(file).metadata or {}
-        found += [Skipped(*row) for row in json.loads(notes.get(b"skipped", b"[]"))]
-    return found
+def _require_rows(analysis: Analysis, context: Context, slice_: str, skipped: list[Skipped], rows: int) -> None:
+    expected = analysis.expected_rows(context, slice_, {sample.key for sample in skipped})
+    if expected is not None and rows != expected:
+        raise SweepFailed(f"{context.table}: {slice_} has {rows} rows and should have {expected}: a fault of ours")
 
 
-def _write_skipped(context: Context, skipped: list[Skipped]) -> None:
-    """Add to results/skipped/TABLE.parquet: each sample and reason once."""
-    location = context.run.location / "results" / "skipped" / f"{context.table}.parquet"
-    new = {(context.table, s.shard, s.key, s.reason, s.detail) for s in skipped}
-    known = {tuple(row.values()) for row in tables.read(location).to_pylist()} if location.exists() else set()
-    rows = sorted(new | known)
-    columns = dict(zip(tables.SKIPPED.names, zip(*rows, strict=True), strict=True)) if rows else {}
-    table = tables.conform({name: list(columns.get(name, [])) for name in tables.SKIPPED.names}, tables.SKIPPED)
-    tables.write(table, location)
+def _beside(work: Work, kind: str) -> Location:
+    """The file of this work in results/skipped or results/account: one a work, so that nothing is rewritten."""
+    return work.context.run.location / "results" / kind / f"{work.context.table}.{work.location.name}.parquet"
 
 
-def _write_account(context: Context, work: Work) -> None:
-    """Add this plan's parts to results/account/TABLE.parquet."""
-    location = context.run.location / "results" / "account" / f"{context.table}.parquet"
-    attempts = Counter(name.split(".")[0] for name in (work.location / "attempts").names())
-    rows = []
-    for number in range(work.count):
-        name = f"part-{number:06d}"
-        account = json.loads((work.location / "account" / f"{name}.json").read())
-        rows.append({"part": number, "plan": work.location.name, "attempts": attempts[name], **account})
-    if location.exists():
-        rows = [row for row in tables.read(location).to_pylist() if row["plan"] != work.location.name] + rows
-    table = tables.conform({name: [row[name] for row in rows] for name in tables.ACCOUNT.names}, tables.ACCOUNT)
-    tables.write(table, location)
+def _write_skipped(work: Work, skipped: list[Skipped]) -> None:
+    """results/skipped/TABLE.WORK.parquet: each sample once."""
+    rows = [{"table": work.context.table, **asdict(sample)} for sample in skipped]
+    table = tables.conform({name: [row[name] for row in rows] for name in tables.SKIPPED.names}, tables.SKIPPED)
+    tables.write(table, _beside(work, "skipped"))
 
 
 def _status(context: Context, slices: list[str], max_skipped: float) -> int:
     """0, or 3 where a slice lost a larger share of its samples than allowed."""
     manifest = context.run.manifest(context.table)
-    worst = max((manifest[name] for name in slices), key=lambda entry: sum(entry["skipped"].values()))
-    skipped, samples = sum(worst["skipped"].values()), worst["samples"]
-    if skipped:
-        reasons = ", ".join(f"{count} {reason}" for reason, count in worst["skipped"].items())
-        where = f"results/skipped/{context.table}.parquet"
-        say(f"{context.table}: {skipped} of {samples} samples skipped ({reasons}); see {where}")
-    return EXIT_SKIPPED if skipped > max_skipped * samples else 0
+    lost = {name: sum(manifest[name]["skipped"].values()) / manifest[name]["samples"] for name in slices}
+    worst = manifest[max(lost, key=lost.__getitem__)]
+    if skipped := sum(worst["skipped"].values()):
+        why = ", ".join(f"{count} {reason}" for reason, count in worst["skipped"].items())
+        say(f"{context.table}: {skipped} of {worst['samples']} samples skipped ({why}); see results/skipped")
+    return EXIT_SKIPPED if max(lost.values()) > max_skipped else 0

@@ -45,6 +45,9 @@ LEFT = column("left", pa.int32(), "First column of the receptive field in input 
 HEIGHT = column("height", pa.int32(), "Height of the receptive field in input pixels.")
 WIDTH = column("width", pa.int32(), "Width of the receptive field in input pixels.")
 
+CELL = [LAYER, FEATURE_MAP, RANK, ACTIVATION, KEY, SHARD, LABEL, LABEL_NAME, ROW, COL, TOP, LEFT, HEIGHT, WIDTH]
+"""One of a feature map's strongest cells: what top9 and deconv share."""
+
 SKIPPED = pa.schema(
     [
         column("table", pa.string(), "Table for which the sample was read."),
@@ -57,15 +60,13 @@ SKIPPED = pa.schema(
 
 ACCOUNT = pa.schema(
     [
-        column("part", pa.int32(), "Number of the part in its plan, from 0."),
-        column("plan", pa.string(), "The plan that the part belongs to: hash of configuration, layers and data."),
+        column("table", pa.string(), "Table that the part is of."),
+        column("work", pa.string(), "The work that the part belongs to: hash of slices, configuration and samples."),
+        column("part", pa.int32(), "Number of the part, from 0."),
         column("samples", pa.int32(), "Samples of the part."),
         column("skipped", pa.int32(), "Samples of the part that could not be read."),
         column("attempts", pa.int32(), "How often the part was started."),
-        column(
-            "seconds", pa.float64(), "Seconds from first read to commit; null where a crash lost it.", nullable=True
-        ),
-        column("finished", pa.float64(), "Unix time of the commit in seconds; null where lost.", nullable=True),
+        column("seconds", pa.float64(), "Seconds from its first read to its commit."),
     ]
 )
 

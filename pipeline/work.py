@@ -1,56 +1,76 @@
-"""A plan on storage: its parts, what is committed of them, and who tried how often."""
+"""Work under way on storage: which parts, what is committed of them, and who tried how often.
+
+What decides the content of the work is one record: for each slice its fingerprint (configuration, network, images,
+source tables), and the samples. Its hash is the folder's name, every part repeats which samples it holds, and the fold
+checks it: parts of other work can never be taken for ours.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from pipeline import tables
 from pipeline.analysis import Analysis
 from pipeline.context import Context
-from pipeline.runs import RunError, environment, plan_name
+from pipeline.runs import RunError, environment
 from pipeline.shards import Skipped
 from pipeline.storage import Location
+
+_PART_ROW_GROUP_BYTES = 2**21
 
 
 @dataclass(frozen=True, eq=False)
 class Work:
-    """A plan on storage: unfinished/TABLE/PLAN/{parts, attempts, account}."""
+    """The slices to make and the parts to make them of: unfinished/TABLE/WORK/{parts, attempts, account}."""
 
     context: Context
     location: Location
-    slices: list[str]
-    decides: dict[str, Any]
+    fingerprints: dict[str, dict[str, Any]]
+    """Slice -> what decides its content."""
     parts: list[pa.Table]
+    """Rows of Index.split, part by part."""
     part_schema: pa.Schema
 
     @classmethod
-    def of(
-        cls, context: Context, analysis: Analysis, slices: list[str], samples: pa.Table, decides: dict[str, Any]
-    ) -> Work:
+    def of(cls, context: Context, analysis: Analysis, slices: list[str]) -> Work:
         """The work on these slices; its name follows from what decides its content."""
-        location = context.run.unfinished(context.table) / plan_name({"slices": slices, **decides})
+        fingerprints = {slice_: fingerprint(context, analysis, slice_) for slice_ in sorted(slices)}
+        samples = analysis.samples(context, sorted(slices))
+        if samples.num_rows == 0:
+            raise RunError(f"there is no image to make {context.table} of: choose others, or another --split")
+        decides = json.dumps([fingerprints, digest(samples)], sort_keys=True)
+        name = hashlib.sha256(decides.encode()).hexdigest()[:12]
         parts = cut(samples, context.config.part_size)
-        return cls(context, location, slices, decides, parts, analysis.part_schema(context.config))
+        location = context.run.unfinished(context.table) / name
+        return cls(context, location, fingerprints, parts, analysis.part_schema(context.config))
 
     @property
-    def count(self) -> int:
-        """Number of parts."""
-        return len(self.parts)
+    def slices(self) -> list[str]:
+        """The slices to make."""
+        return list(self.fingerprints)
+
+    @property
+    def samples(self) -> int:
+        """Samples of all parts."""
+        return sum(part.num_rows for part in self.parts)
 
     @property
     def token(self) -> Location:
         """What the driver writes first: a node that does not see it does not see the run."""
-        return self.location / "plan.json"
+        return self.location / "work.json"
 
     def prepare(self) -> None:
-        """Write what the actors need to know. Raises: StorageError where the run cannot be written."""
-        self.token.write(json.dumps({"slices": self.slices, **self.decides}, indent=1).encode())
+        """Say what the work is. Raises: StorageError where the run cannot be written."""
+        self.token.write(json.dumps(self.fingerprints, indent=1).encode())
 
     def part(self, number: int) -> Location:
         """Where a part's rows are committed."""
@@ -59,49 +79,117 @@ class Work:
     def unfinished_parts(self) -> list[int]:
         """Numbers of the parts that are not committed."""
         done = set((self.location / "parts").names())
-        return [number for number in range(self.count) if self.part(number).name not in done]
+        return [number for number in range(len(self.parts)) if self.part(number).name not in done]
+
+    def _attempts(self, number: int) -> Location:
+        return self.location / "attempts" / f"part-{number:06d}"
 
     def begin_attempt(self, number: int, session: str) -> int:
         """Write a marker before a part is started; returns how often this session has started it now."""
-        attempts = self.location / "attempts"
-        before = sum(name.startswith(f"part-{number:06d}.{session}.") for name in attempts.names())
-        (attempts / f"part-{number:06d}.{session}.{before + 1}").write(b"")
+        before = sum(name.startswith(f"{session}.") for name in self._attempts(number).names())
+        (self._attempts(number) / f"{session}.{before + 1}").write(b"")
         return before + 1
 
-    def commit(self, number: int, table: pa.Table, skipped: list[Skipped], account: dict[str, Any]) -> None:
-        """Commit a part: its account first, then rows and skipped samples in one file, by one atomic step."""
-        (self.location / "account" / f"part-{number:06d}.json").write(json.dumps(account).encode())
-        notes = json.dumps([[s.shard, s.key, s.reason, s.detail] for s in skipped])
-        table = table.replace_schema_metadata({"skipped": notes})
-        tables.write(table, self.part(number), row_group_bytes=2**21)
+    def commit(self, number: int, table: pa.Table, skipped: list[Skipped], device: str, seconds: float) -> None:
+        """Commit a part: when it was done first, then rows, skipped samples and identity in one file, atomically."""
+        when = json.dumps({"seconds": seconds, "skipped": len(skipped)})
+        (self.location / "account" / f"part-{number:06d}.json").write(when.encode())
+        identity = {
+            "samples": digest(self.parts[number]),
+            "skipped": [[s.shard, s.key, s.reason, s.detail] for s in skipped],
+            "environment": environment(device),
+        }
+        table = table.replace_schema_metadata({"part": json.dumps(identity, sort_keys=True)})
+        tables.write(table, self.part(number), row_group_bytes=_PART_ROW_GROUP_BYTES)
 
-    def delete(self) -> None:
-        """Delete what lies here when the tables are finished."""
-        self.location.delete()
-        if not self.location.parent.names():
-            self.location.parent.delete()
+    def verify(self) -> tuple[list[Skipped], dict[str, str]]:
+        """The skipped samples of all parts, and the environment that computed them all.
+
+        Raises: RunError where a part is not of these samples, or parts were computed in unlike environments.
+        """
+        skipped: list[Skipped] = []
+        environments: dict[str, dict[str, str]] = {}
+        for number, rows in enumerate(self.parts):
+            identity = self._identity(number)
+            if identity["samples"] != digest(rows):
+                raise RunError(f"{self.part(number)} holds other samples than it should: delete it, and run again")
+            skipped += [Skipped(*entry) for entry in identity["skipped"]]
+            environments.setdefault(json.dumps(identity["environment"], sort_keys=True), identity["environment"])
+        first, *others = environments.values()
+        for other in others:
+            _require_alike(first, other, self.location)
+        return skipped, first
 
     def require_environment(self, device: str) -> None:
-        """All parts of a plan must be computed alike. Raises: RunError naming what differs."""
-        here, where = environment(device), self.location / "environment.json"
-        if not where.exists():
-            where.write(json.dumps(here).encode())
-        known = json.loads(where.read())
-        differing = [name for name in sorted(known | here) if known.get(name) != here.get(name)]
-        if differing:
-            detail = "; ".join(f"{name}: {known.get(name)!r} then, {here.get(name)!r} now" for name in differing)
-            raise RunError(
-                f"parts of this table were computed elsewhere ({detail}), where bits may differ. Finish it there, or "
-                f"delete {self.location} to begin again here"
-            )
+        """Fail early where the parts that are there were computed in another environment. Raises: RunError."""
+        done = (self.location / "parts").names()
+        if done:
+            _require_alike(self._identity(int(done[0][5:11]))["environment"], environment(device), self.location)
+
+    def _identity(self, number: int) -> dict[str, Any]:
+        with self.part(number).open() as file:
+            found: dict[str, Any] = json.loads((pq.read_schema(file).metadata or {})[b"part"])
+        return found
+
+    def account(self) -> pa.Table:
+        """What was done of each part, and how often it was started."""
+        rows = []
+        for number, part in enumerate(self.parts):
+            when = json.loads((self.location / "account" / f"part-{number:06d}.json").read())
+            attempts = len(self._attempts(number).names())
+            row = {"table": self.context.table, "work": self.location.name, "part": number}
+            rows.append({**row, "samples": part.num_rows, "attempts": attempts, **when})
+        return tables.conform({name: [row[name] for row in rows] for name in tables.ACCOUNT.names}, tables.ACCOUNT)
+
+
+def fingerprint(context: Context, analysis: Analysis, slice_: str) -> dict[str, Any]:
+    """What decides the content of a slice: configuration, network, images, and the tables it is made of."""
+    sources = analysis.sources(context, slice_)
+    return context.decides(analysis.selects) | ({"sources": sources} if sources else {})
+
+
+def digest(rows: pa.Table) -> str:
+    """Identity of a list of samples: 16 hex digits over their shards and keys, in order."""
+    listed = json.dumps([rows["shard"].to_pylist(), rows["key"].to_pylist()])
+    return hashlib.sha256(listed.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+
+
+def clear_stale(context: Context, finished: dict[str, dict[str, Any]]) -> None:
+    """Delete what a crash left behind of work whose slices are all finished: slice -> fingerprint."""
+    folder = context.run.unfinished(context.table)
+    for name in folder.names():
+        token = folder / name / "work.json"
+        known = json.loads(token.read()) if token.exists() else {}
+        if all(finished.get(slice_) == made for slice_, made in known.items()):
+            (folder / name).delete()
+    delete_if_empty(folder)
+
+
+def delete_if_empty(folder: Location) -> None:
+    """Delete a folder that holds nothing more."""
+    if folder.exists() and not folder.names():
+        folder.delete()
+
+
+def _require_alike(one: dict[str, str], other: dict[str, str], location: Location) -> None:
+    """All parts of a table must be computed alike. Raises: RunError naming what differs."""
+    differing = [name for name in sorted(one | other) if one.get(name) != other.get(name)]
+    if differing:
+        detail = "; ".join(f"{name}: {one.get(name)!r} then, {other.get(name)!r} now" for name in differing)
+        raise RunError(
+            f"parts of this table were computed elsewhere ({detail}), where bits may differ. Finish it there, or "
+            f"delete {location} to begin again here"
+        )
+
+
+def reasons(skipped: list[Skipped]) -> dict[str, int]:
+    """How many samples were skipped, by reason."""
+    return dict(Counter(sample.reason for sample in skipped))
 
 
 def cut(samples: pa.Table, part_size: int) -> list[pa.Table]:
     """Parts: consecutive samples of one shard, at most `part_size`. Never cut by workers or batches."""
-    if part_size < 1:
-        raise ValueError(f"--part-size is {part_size}: give at least 1")
-    shards = samples["shard"].combine_chunks().dictionary_encode() if samples.num_rows else pa.array([])
-    codes = np.asarray(shards.indices) if samples.num_rows else np.array([], dtype=np.int64)
+    codes = np.asarray(samples["shard"].combine_chunks().dictionary_encode().indices)
     borders = [0, *(np.flatnonzero(np.diff(codes)) + 1).tolist(), samples.num_rows]
     return [
         samples.slice(start, min(part_size, end - start))

@@ -1,7 +1,9 @@
 """cluster.yaml: what Ray itself checks before it starts a cluster, and what we ask of ours. No cloud is called."""
 
 import copy
+import shutil
 import tomllib
+import zipfile
 from typing import Any
 
 import pytest
@@ -107,8 +109,18 @@ def test_a_mistake_is_caught(config, mistake):
         check(config)
 
 
-def test_the_upload_of_a_job_leaves_out_what_is_large_and_keeps_what_runs():
-    """What `ray job submit --working-dir .` sends, by Ray's own reading of .rayignore."""
-    lines = {line.strip() for line in (ROOT / ".rayignore").read_text().splitlines()}
-    assert {".git/", ".venv/", "runs/", "shards/"} <= lines
-    assert not {"jobs/", "pipeline/", "zfnet/", "pyproject.toml"} & lines
+def test_the_upload_of_a_job_is_the_code_and_no_more(tmp_path, monkeypatch):
+    """What `ray job submit --working-dir .` packs of a copy with much beside the code, by Ray's own reading."""
+    from ray._private.runtime_env.packaging import create_package
+
+    wanted = ["jobs/train.py", "pipeline/train.py", "zfnet/models/zfnet.py", "pyproject.toml", "constraints.txt"]
+    unwanted = [".git/HEAD", ".venv/bin/python", "shards/rendered/a.tar", "runs/demo/run.json", "downloads/x", "docs/x"]
+    for name in [*wanted, *unwanted, "pipeline/__pycache__/x.pyc"]:
+        (tmp_path / "project" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "project" / name).write_text("x")
+    shutil.copy(ROOT / ".rayignore", tmp_path / "project")
+    monkeypatch.chdir(tmp_path / "project")
+    create_package(str(tmp_path / "project"), tmp_path / "upload.zip", include_gitignore=True)
+    with zipfile.ZipFile(tmp_path / "upload.zip") as upload:
+        names = {name for name in upload.namelist() if not name.endswith("/")}
+    assert names - {".rayignore"} == set(wanted)

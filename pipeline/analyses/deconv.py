@@ -7,9 +7,8 @@ forward once for all its cells, and every activation must come back as it was re
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterator
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -17,11 +16,11 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
-from PIL import Image
 
 from pipeline import tables
-from pipeline.analysis import Analysis, Plan
+from pipeline.analysis import Analysis, Finished
 from pipeline.context import Batch, Context, Picture
+from pipeline.projections import SEMANTICS_COLUMNS, cut_to_image, png, projection_columns, semantics_columns, stored
 from pipeline.runs import RunError
 from pipeline.storage import Location
 from zfnet import deconv
@@ -56,58 +55,13 @@ class Config:
                 raise RunError(f"--{name.replace('_', '-')} is {getattr(self, name)}: give at least 1")
 
 
-SEMANTICS_COLUMNS = [
-    tables.column("seed", pa.string(), "What is fed in at the cell: its activation, or one."),
-    tables.column("unpool", pa.string(), "What happens where overlapping pooling windows share a switch."),
-    tables.column("normalisation", pa.string(), "Contrast normalisation on the way down: identity or gradient."),
-    tables.column("relu", pa.string(), "Which rectification is applied on the way down."),
-]
-
-_VALUES: dict[str, pa.DataType] = {
-    "float32": pa.list_(pa.float32()),
-    "float16": pa.list_(pa.float16()),
-    "png": pa.binary(),
-}
-_TOP9_COLUMNS = [
-    tables.LAYER,
-    tables.FEATURE_MAP,
-    tables.RANK,
-    tables.ACTIVATION,
-    tables.KEY,
-    tables.SHARD,
-    tables.LABEL,
-    tables.LABEL_NAME,
-    tables.ROW,
-    tables.COL,
-    tables.TOP,
-    tables.LEFT,
-    tables.HEIGHT,
-    tables.WIDTH,
-]
-
-
-def projection_columns(values: str) -> list[pa.Field]:
-    """The columns that hold one projection, cut to the image."""
-    how = {
-        "png": "RGB PNG of 8 bits: value = (pixel - 128) / 127 * projection_scale",
-        "float32": "height x width x RGB, row-major",
-        "float16": "height x width x RGB, row-major, as a share of projection_scale",
-    }[values]
-    return [
-        tables.column("projection", _VALUES[values], f"Projection in input pixels, cut to the image: {how}."),
-        tables.column("projection_height", pa.int32(), "Height of the projection in pixels."),
-        tables.column("projection_width", pa.int32(), "Width of the projection in pixels."),
-        tables.column("projection_scale", pa.float32(), "Largest absolute value of the projection."),
-    ]
-
-
 def schema(config: Config) -> pa.Schema:
     """Columns of the table."""
     return pa.schema(
         [
             tables.MODEL_ID,
             tables.DATA_ID,
-            *_TOP9_COLUMNS,
+            *tables.CELL,
             *projection_columns(config.values or "float32"),
             tables.column("patch_png", pa.binary(), "PNG of the input pixels under the projection, RGB."),
             tables.column("box_top", pa.float32(), "First row of the patch in the original image's pixels."),
@@ -124,7 +78,8 @@ def resolve(context: Context) -> Config:
     config: Config = context.config
     if config.values is not None:
         return config
-    forecast = sum(entry["rows"] * _bytes_of(context, layer) for layer, entry in _finished(context).items())
+    finished = _finished(context)
+    forecast = sum(finished[layer]["rows"] * _bytes_of(context, layer) for layer in finished)
     if forecast >= ASK_ABOVE_BYTES:
         raise RunError(
             f"the projections would take {forecast / 1e9:.1f} GB as float32: choose with --values float32, float16 "
@@ -159,20 +114,36 @@ def _finished(context: Context) -> dict[str, Any]:
     return {layer: found[layer] for layer in layers}
 
 
-def plan(context: Context) -> Plan:
-    """The images that hold a cell of the top9 table; a slice for each layer."""
+def slices(context: Context) -> list[str]:
+    """The layers to project. Raises: Unprojectable, RunError."""
     layers = list(_finished(context))
     blank = torch.zeros(1, *context.graph.input_shape, device=context.device)
     deconv.record(context.graph, blank, layers, context.config.semantics)  # refuses what cannot be projected
-    keys = pa.chunked_array([_cells(context, [layer])["key"].combine_chunks() for layer in layers]).unique()
-    samples = context.index.split(context.split)
-    return Plan(layers, samples.filter(pc.is_in(samples["key"], keys)))
+    return layers
+
+
+def sources(context: Context, layer: str) -> dict[str, Any]:
+    """The cells come from this slice of top9."""
+    entry = _finished(context)[layer]
+    return {context.config.top9: {name: entry[name] for name in ("fingerprint", "rows", "samples", "skipped")}}
+
+
+def samples(context: Context, layers: list[str]) -> pa.Table:
+    """The images that hold a cell of these layers."""
+    keys = _cells(context, layers)["key"].combine_chunks().unique()
+    rows = context.index.split(context.split)
+    return rows.filter(pc.is_in(rows["key"], keys))
+
+
+def expected_rows(context: Context, layer: str, skipped: set[str]) -> int:
+    """A row for each cell, but for those in images that could not be read."""
+    keys = _cells(context, [layer])["key"].to_pylist()
+    return sum(key not in skipped for key in keys)
 
 
 def _cells(context: Context, layers: list[str]) -> pa.Table:
-    folder = context.run.results(context.config.top9)
-    names = [column.name for column in _TOP9_COLUMNS]
-    return pa.concat_tables([tables.read(folder / f"{layer}.parquet", names) for layer in layers])
+    names = [column.name for column in tables.CELL]
+    return pa.concat_tables([tables.read(context.run.slice(context.config.top9, layer), names) for layer in layers])
 
 
 @dataclass(frozen=True)
@@ -228,8 +199,8 @@ def _require_same(context: Context, activation: torch.Tensor, where: Cells, rows
     maps = activation if activation.dim() == 4 else activation[:, :, None, None]
     again = maps[where.image, where.feature_map, where.row, where.col].cpu().numpy()
     recorded = rows["activation"].to_numpy()
-    worst = int(np.argmax(np.abs(again - recorded)))
-    if abs(float(again[worst] - recorded[worst])) > AGREES_WITHIN * maximum:
+    worst = int(np.argmax(np.abs(again - recorded)))  # NaN is the largest
+    if not abs(float(again[worst] - recorded[worst])) <= AGREES_WITHIN * maximum:  # NaN agrees with nothing
         cell = rows.slice(worst, 1).to_pylist()[0]
         raise RunError(
             f"the cell {cell['layer']} map {cell['feature_map']} ({cell['row']}, {cell['col']}) of {cell['key']!r} is "
@@ -247,65 +218,21 @@ def _rows(context: Context, rows: pa.Table, pictures: list[Picture], projections
         **{name: [value] * rows.num_rows for name, value in context.identity.items()},
         **{name: rows[name] for name in rows.column_names},
         **stored([pixels for pixels, _ in cut], config.values or "float32"),
-        "patch_png": [patch_png(picture, box) for picture, (_, box) in zip(pictures, cut, strict=True)],
+        "patch_png": [_patch(picture, box) for picture, (_, box) in zip(pictures, cut, strict=True)],
         **{f"box_{side}": [box[i] for box in boxes] for i, side in enumerate(("top", "left", "height", "width"))},
         **semantics_columns(config.semantics, rows.num_rows),
     }
     return tables.conform(columns, schema(config))
 
 
-def _on_cpu(projections: Projections) -> tuple[npt.NDArray[np.float32], list[int], list[int]]:
-    return projections.pixels.cpu().numpy(), projections.top.tolist(), projections.left.tolist()
-
-
-def semantics_columns(semantics: Semantics, rows: int) -> dict[str, list[str]]:
-    """The projection's semantics, for every row."""
-    return {option.name: [getattr(semantics, option.name)] * rows for option in fields(semantics)}
-
-
-def cut_to_image(
-    context: Context, window: npt.NDArray[np.float32], top: int, left: int
-) -> tuple[npt.NDArray[np.float32], tuple[int, int, int, int]]:
-    """A projection [3, h, w] as [height, width, RGB], cut to the image, and its box in input pixels."""
-    size = context.model.preprocessing.crop_px
-    first_row, first_col = max(top, 0), max(left, 0)
-    last_row, last_col = min(top + window.shape[1], size), min(left + window.shape[2], size)
-    pixels = window[:, first_row - top : last_row - top, first_col - left : last_col - left].transpose(1, 2, 0)
-    if context.model.preprocessing.channels == "BGR":
-        pixels = pixels[:, :, ::-1]
-    return np.ascontiguousarray(pixels), (first_row, first_col, last_row - first_row, last_col - first_col)
-
-
-def patch_png(picture: Picture, box: tuple[int, int, int, int]) -> bytes:
+def _patch(picture: Picture, box: tuple[int, int, int, int]) -> bytes:
     """The input pixels under a box, as PNG."""
     top, left, height, width = box
     return png(picture.pixels[top : top + height, left : left + width])
 
 
-def png(pixels: npt.NDArray[np.uint8]) -> bytes:
-    """PNG of [height, width, 3] RGB."""
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, format="PNG")
-    return buffer.getvalue()
-
-
-def stored(projections: list[npt.NDArray[np.float32]], values: str) -> dict[str, Any]:
-    """The columns of `projection_columns` for these projections [height, width, 3]."""
-    scales = [float(np.abs(pixels).max(initial=0.0)) for pixels in projections]
-    relative = [pixels / (scale or 1.0) for pixels, scale in zip(projections, scales, strict=True)]
-    column: Any
-    if values == "png":
-        column = [png(np.rint(128 + 127 * pixels).astype(np.uint8)) for pixels in relative]
-    elif values == "float16":  # shares, because a projection may exceed the 65,504 of a float16
-        column = tables.flat_lists([pixels.astype(np.float16) for pixels in relative], pa.float16())
-    else:
-        column = tables.flat_lists(projections, pa.float32())
-    return {
-        "projection": column,
-        "projection_height": [pixels.shape[0] for pixels in projections],
-        "projection_width": [pixels.shape[1] for pixels in projections],
-        "projection_scale": scales,
-    }
+def _on_cpu(projections: Projections) -> tuple[npt.NDArray[np.float32], list[int], list[int]]:
+    return projections.pixels.cpu().numpy(), projections.top.tolist(), projections.left.tolist()
 
 
 def reduce_part(context: Context, results: list[pa.Table]) -> pa.Table:
@@ -315,18 +242,16 @@ def reduce_part(context: Context, results: list[pa.Table]) -> pa.Table:
     return table.take(pc.sort_indices(table.select(["layer", "feature_map", "rank"]), sort_keys=order))
 
 
-def fold(
-    context: Context, parts: list[Location], layers: list[str]
-) -> Iterator[tuple[str, str, pa.Schema, Iterator[pa.Table]]]:
+def fold(context: Context, parts: list[Location], layers: list[str]) -> Iterator[Finished]:
     """A file for each layer, sorted by feature map and rank."""
     for layer in layers:
-        yield "deconv", layer, schema(context.config), _in_order(context, parts, layer)
+        yield Finished("deconv", layer, schema(context.config), _in_order(context, parts, layer))
 
 
 def _in_order(context: Context, parts: list[Location], layer: str) -> Iterator[pa.Table]:
     """The layer's rows in order, as many feature maps at a time as fill a row group: memory stays bounded."""
     maps = context.graph[context.graph.activation_of(layer)].shape[0]
-    ranks = tables.read(context.run.results(context.config.top9) / f"{layer}.parquet", ["rank"])["rank"]
+    ranks = tables.read(context.run.slice(context.config.top9, layer), ["rank"])["rank"]
     together = max(1, tables.ROW_GROUP_BYTES // (_bytes_of(context, layer) * max(1, pc.max(ranks).as_py() or 1)))
     for first in range(0, maps, together):
         wanted = [("layer", "=", layer), ("feature_map", ">=", first), ("feature_map", "<", first + together)]
@@ -337,12 +262,16 @@ def _in_order(context: Context, parts: list[Location], layer: str) -> Iterator[p
 
 ANALYSIS = Analysis(
     table="deconv",
+    tables=("deconv",),
     module=__name__,
     part_schema=schema,
     resolve=resolve,
-    plan=plan,
+    slices=slices,
+    sources=sources,
+    samples=samples,
     setup=setup,
     map_batch=map_batch,
     reduce_part=reduce_part,
     fold=fold,
+    expected_rows=expected_rows,
 )

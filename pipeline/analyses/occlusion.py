@@ -16,16 +16,9 @@ import pyarrow.compute as pc
 import torch
 
 from pipeline import tables
-from pipeline.analyses.deconv import (
-    SEMANTICS_COLUMNS,
-    cut_to_image,
-    png,
-    projection_columns,
-    semantics_columns,
-    stored,
-)
-from pipeline.analysis import Analysis, Plan
+from pipeline.analysis import Analysis, Finished
 from pipeline.context import Batch, Context, Picture
+from pipeline.projections import SEMANTICS_COLUMNS, cut_to_image, png, projection_columns, semantics_columns, stored
 from pipeline.runs import RunError
 from pipeline.storage import Location
 from zfnet import deconv
@@ -115,18 +108,29 @@ OCCLUSION = pa.schema(
 )
 
 
-def plan(context: Context) -> Plan:
-    """The chosen images; one slice. Raises: RunError for keys or classes that do not occur."""
+def slices(context: Context) -> list[str]:
+    """One. Raises: RunError for a square that does not fit, for keys or classes that do not occur."""
+    grid_of(context)
+    samples(context, [SLICE])
+    return [SLICE]
+
+
+def samples(context: Context, slices: list[str]) -> pa.Table:
+    """The chosen images. Raises: RunError for keys or classes that do not occur."""
     config: Config = context.config
-    grid_of(context)  # refuses a square that does not fit
-    samples = context.index.split(context.split)
+    rows = context.index.split(context.split)
     if config.keys:
-        if unknown := sorted(set(config.keys) - set(samples["key"].to_pylist())):
+        if unknown := sorted(set(config.keys) - set(rows["key"].to_pylist())):
             raise RunError(f"there is no key {', '.join(map(repr, unknown))} in the split {context.split!r}")
-        samples = samples.filter(pc.is_in(samples["key"], pa.array(config.keys)))
-    elif config.label is not None:
-        samples = samples.filter(pc.equal(samples["label"], _label_number(context, config.label)))
-    return Plan([SLICE], samples if config.keys else samples.slice(0, config.first))
+        return rows.filter(pc.is_in(rows["key"], pa.array(config.keys)))
+    if config.label is not None:
+        rows = rows.filter(pc.equal(rows["label"], _label_number(context, config.label)))
+    return rows.slice(0, config.first)
+
+
+def expected_rows(context: Context, slice_: str, skipped: set[str]) -> int:
+    """A row for each image that could be read."""
+    return int(samples(context, [slice_]).num_rows) - len(skipped)
 
 
 def _label_number(context: Context, label: str) -> int:
@@ -143,7 +147,10 @@ def _label_number(context: Context, label: str) -> int:
 def grid_of(context: Context) -> Grid:
     """The square's positions for this network's input."""
     config: Config = context.config
-    return Grid.of(context.model.preprocessing.crop_px, config.occluder_px, config.stride_px)
+    try:
+        return Grid.of(context.model.preprocessing.crop_px, config.occluder_px, config.stride_px)
+    except ValueError as error:
+        raise RunError(str(error)) from None
 
 
 def map_batch(context: Context, state: None, batch: Batch) -> pa.Table:
@@ -152,14 +159,13 @@ def map_batch(context: Context, state: None, batch: Batch) -> pa.Table:
     preprocessing = context.model.preprocessing
     side = preprocessing.crop_px
     grey = torch.full((1, side, side, 3), context.config.fill, dtype=torch.uint8, device=batch.x.device)
-    found = sensitivity(
-        context.graph,
-        batch.x[0],
-        preprocessing.normalise(grey)[0],
-        grid_of(context),
-        _target(context, picture),
-        batch=context.config.window_batch,
-    )
+    filled, target = preprocessing.normalise(grey)[0], _target(context, picture)
+    try:
+        found = sensitivity(
+            context.graph, batch.x[0], filled, grid_of(context), target, batch=context.config.window_batch
+        )
+    except ValueError as error:
+        raise RunError(f"sample {picture.sample.key!r}: {error}") from None
     return tables.conform(
         {**_describe(context, picture, found), **_strongest_projection(context, batch, found.feature_map)}, OCCLUSION
     )
@@ -226,20 +232,21 @@ def reduce_part(context: Context, results: list[pa.Table]) -> pa.Table:
     return pa.concat_tables([OCCLUSION.empty_table(), *results])
 
 
-def fold(
-    context: Context, parts: list[Location], slices: list[str]
-) -> Iterator[tuple[str, str, pa.Schema, Iterator[pa.Table]]]:
+def fold(context: Context, parts: list[Location], slices: list[str]) -> Iterator[Finished]:
     """One file, in index order."""
-    yield "occlusion", SLICE, OCCLUSION, (tables.read(part) for part in parts)
+    yield Finished("occlusion", SLICE, OCCLUSION, (tables.read(part) for part in parts))
 
 
 ANALYSIS = Analysis(
     table="occlusion",
+    tables=("occlusion",),
     module=__name__,
     part_schema=lambda config: OCCLUSION,
-    plan=plan,
+    slices=slices,
+    samples=samples,
     map_batch=map_batch,
     reduce_part=reduce_part,
     fold=fold,
+    expected_rows=expected_rows,
     selects=(),
 )

@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline import tables
-from pipeline.analysis import Analysis, Plan, fold_tree
+from pipeline.analysis import Analysis, Finished, fold_tree
 from pipeline.context import Batch, Context
 from pipeline.runs import RunError
 from pipeline.storage import Location
@@ -44,26 +44,7 @@ class Config:
                 raise RunError(f"--{name.replace('_', '-')} is {getattr(self, name)}: give at least 1")
 
 
-TOP9 = pa.schema(
-    [
-        tables.MODEL_ID,
-        tables.DATA_ID,
-        tables.LAYER,
-        tables.FEATURE_MAP,
-        tables.RANK,
-        tables.ACTIVATION,
-        tables.KEY,
-        tables.SHARD,
-        tables.LABEL,
-        tables.LABEL_NAME,
-        tables.ROW,
-        tables.COL,
-        tables.TOP,
-        tables.LEFT,
-        tables.HEIGHT,
-        tables.WIDTH,
-    ]
-)
+TOP9 = pa.schema([tables.MODEL_ID, tables.DATA_ID, *tables.CELL])
 
 FEATURE_MAPS = pa.schema(
     [
@@ -112,14 +93,19 @@ PART = pa.schema(
 )
 
 
-def plan(context: Context) -> Plan:
-    """All samples of the split; a slice for each layer."""
+def slices(context: Context) -> list[str]:
+    """The layers to sweep. Raises: UnknownLayer."""
     layers = list(context.config.layers) or [
         name for name in context.graph.layers if context.graph[name].kind == "conv"
     ]
     for layer in layers:
-        receptive_field(context.graph, layer)  # refuses unknown layers before any work
-    return Plan(layers, context.index.split(context.split))
+        receptive_field(context.graph, layer)
+    return layers
+
+
+def samples(context: Context, layers: list[str]) -> pa.Table:
+    """All samples of the split."""
+    return context.index.split(context.split)
 
 
 def map_batch(context: Context, layers: list[str], batch: Batch) -> dict[str, tuple[TopK, Statistics]]:
@@ -177,16 +163,14 @@ def _from_rows(rows: pa.Table) -> tuple[TopK, Statistics]:
     return top, Statistics(**scalars, **vectors, histogram=histogram)
 
 
-def fold(
-    context: Context, parts: list[Location], layers: list[str]
-) -> Iterator[tuple[str, str, pa.Schema, Iterator[pa.Table]]]:
+def fold(context: Context, parts: list[Location], layers: list[str]) -> Iterator[Finished]:
     """A file of feature_maps and one of top9 for each layer."""
-    samples = context.index.split(context.split).sort_by("number")
+    rows = context.index.split(context.split).sort_by("number")
     for layer in layers:
-        rows = (tables.read(part, filters=[("layer", "=", layer)]) for part in parts)
-        top, statistics = fold_tree((_from_rows(found) for found in rows if found.num_rows), _merge)
-        yield "feature_maps", layer, FEATURE_MAPS, iter([_feature_maps(context, layer, statistics)])
-        yield "top9", layer, TOP9, iter([_top9(context, layer, top, samples)])
+        found = (tables.read(part, filters=[("layer", "=", layer)]) for part in parts)
+        top, statistics = fold_tree((_from_rows(some) for some in found if some.num_rows), _merge)
+        yield Finished("feature_maps", layer, FEATURE_MAPS, iter([_feature_maps(context, layer, statistics)]))
+        yield Finished("top9", layer, TOP9, iter([_top9(context, layer, top, rows)]))
 
 
 def _feature_maps(context: Context, layer: str, statistics: Statistics) -> pa.Table:
@@ -235,9 +219,11 @@ def _top9(context: Context, layer: str, top: TopK, samples: pa.Table) -> pa.Tabl
 
 ANALYSIS = Analysis(
     table="top9",
+    tables=("feature_maps", "top9"),
     module=__name__,
     part_schema=lambda config: PART,
-    plan=plan,
+    slices=slices,
+    samples=samples,
     setup=lambda context, layers: layers,
     map_batch=map_batch,
     reduce_part=reduce_part,

@@ -14,11 +14,12 @@ from PIL import Image
 
 from pipeline.atlas.heatmaps import Frame, Heat, LegendEntry, class_colours, colour_table, heat
 from pipeline.atlas.layers import Face
-from pipeline.atlas.projections import around_grey, projection_of
+from pipeline.atlas.projections import around_grey
 from pipeline.atlas.records import SEMANTICS, Sources
 from pipeline.atlas.site import Site
 from pipeline.atlas.sprites import webp
 from pipeline.progress import say
+from pipeline.projections import relative
 
 COLOUR_BAR = "assets/occlusion/colour-bar.png"
 _THUMBNAIL_PX = 160
@@ -116,7 +117,7 @@ def _panels(site: Site, number: int, row: dict[str, Any], classes: list[str]) ->
     grid = (frame.rows, frame.cols)
     activation, probability = (heat(row[f"{name}_map"].reshape(grid)) for name in ("activation", "probability"))
     drawn, legend = class_colours(row["class_map"].reshape(grid), row["target_class"])
-    projection = around_grey(projection_of(row))
+    projection = around_grey(relative(row))
     panels = {"activation": activation.pixels, "probability": probability.pixels, "class": drawn}
     for panel, pixels in {**panels, "projection": projection}.items():
         site.write_image(_asset(number, panel), pixels)

@@ -10,8 +10,9 @@ import numpy as np
 
 from pipeline.atlas import sprites
 from pipeline.atlas.records import FeatureMap, Layer, Sources
-from pipeline.atlas.site import Site, file_stem
+from pipeline.atlas.site import Site
 from pipeline.progress import say
+from pipeline.runs import file_stem
 
 
 @dataclass(frozen=True)

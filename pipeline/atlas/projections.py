@@ -41,20 +41,6 @@ class Box:
         return Box(rows[0], cols[0], rows[1], cols[1])
 
 
-def projection_of(row: Mapping[str, Any]) -> Floats:
-    """The projection of a row of deconv or occlusion, [height, width, RGB], divided by its largest absolute value.
-
-    All forms of `projection_columns` are read: flat float32 or float16, and 8-bit PNG.
-    """
-    stored = row["projection"]
-    if isinstance(stored, bytes):
-        pixels = np.asarray(Image.open(io.BytesIO(stored)).convert("RGB"), dtype=np.float32)
-        return (pixels - np.float32(128)) / np.float32(127)
-    values = np.asarray(stored, dtype=np.float32).reshape(row["projection_height"], row["projection_width"], 3)
-    largest = np.abs(values).max(initial=0)
-    return values / largest if largest else values
-
-
 def around_grey(relative: Floats) -> Pixels:
     """Pixels of values from -1 to 1: zero is mid-grey (128), as v / (2 max|v|) + 0.5."""
     return np.rint(255 * (relative / 2 + 0.5)).astype(np.uint8)

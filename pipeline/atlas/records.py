@@ -130,11 +130,11 @@ class Sources:
         """The file of a finished slice, None where it is not finished."""
         if name not in self.run.manifest(table):
             return None
-        location = self.run.results(table) / f"{name}.parquet"
+        location = self.run.slice(table, name)
         if not location.exists():
             raise RunError(
                 f"the manifest of {table} lists {name}, and there is no file {location}: bring it back, or delete "
-                f"{self.run.results(table)} with its manifest and make the table again"
+                f"{self.run.results(table)} with its manifests and make the table again"
             )
         return location
 
@@ -211,9 +211,8 @@ def result_tables(run: Run, model_id: str) -> list[ResultTable]:
     """Every table of the run, with the metrics of training first."""
     found = [_folder(run, "metrics", "metrics")] if (run.location / "metrics").names() else []
     folder = run.location / "results"
-    for file in folder.names():
-        if file.endswith(".manifest.json"):
-            found.append(_finished(run, file.removesuffix(".manifest.json"), model_id))
+    for name in (folder / "manifests").names():
+        found.append(_finished(run, name, model_id))
     for name in ("skipped", "account"):
         if (folder / name).names():
             found.append(_folder(run, name, f"results/{name}"))
@@ -230,14 +229,14 @@ def _folder(run: Run, name: str, path: str) -> ResultTable:
 
 def _finished(run: Run, name: str, model_id: str) -> ResultTable:
     slices = run.manifest(name)
-    present = set(run.results(name).names())
     path = f"results/{name}"
     # Slices made by one call share its samples, so the worst slice speaks for all.
     worst: dict[str, Any] = max(slices.values(), key=lambda entry: sum(entry.get("skipped", {}).values()), default={})
+    present = [slice_ for slice_ in slices if run.slice(name, slice_).exists()]
     return ResultTable(
         name,
         path,
-        tuple(TableFile(part, f"{path}/{part}.parquet") for part in slices if f"{part}.parquet" in present),
+        tuple(TableFile(slice_, f"{path}/{run.slice(name, slice_).name}") for slice_ in present),
         rows=sum(entry["rows"] for entry in slices.values()),
         samples=worst.get("samples"),
         skipped=sum(worst.get("skipped", {}).values()),

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
-import re
 import shlex
 from dataclasses import dataclass, field
 from importlib.resources import files
@@ -21,20 +19,7 @@ from pipeline.storage import Location
 STATIC = ("atlas.css", "atlas.js")
 """Files of the package that every atlas holds."""
 
-_LONGEST_NAME = 60
 _OWN_FOLDERS = ("static", "layers", "images", "assets")
-
-
-def file_stem(name: str) -> str:
-    """A file name (without its end) that stands for any text: the same one always, and none twice.
-
-    A plain lower-case name stands for itself; any other is made plain and told apart by a hash. An ordinal would
-    be shorter, but a layer that is added later would shift it and break every link to the layers behind.
-    """
-    plain = re.sub(r"[^a-z0-9._-]+", "-", name.lower()).strip(".-")[:_LONGEST_NAME]
-    if plain and plain == name:
-        return plain
-    return f"{plain or 'layer'}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
 
 
 @dataclass

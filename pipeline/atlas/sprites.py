@@ -16,7 +16,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from pipeline.atlas.projections import Box, Pixels, around_grey, patch_of, projection_of, tile
+from pipeline.atlas.projections import Box, Pixels, around_grey, patch_of, tile
+from pipeline.projections import relative
 from pipeline.storage import Location
 
 ACROSS = 3
@@ -101,7 +102,7 @@ def _rows(batch: pa.RecordBatch) -> Iterator[dict[str, object]]:
 
 def _tiles(row: dict[str, object], tile_px: int, input_px: int) -> tuple[Pixels, Pixels]:
     box = Box(*(int(str(row[side])) for side in ("top", "left", "height", "width"))).within(input_px)
-    return tile(around_grey(projection_of(row)), box, tile_px), tile(patch_of(row), box, tile_px)
+    return tile(around_grey(relative(row)), box, tile_px), tile(patch_of(row), box, tile_px)
 
 
 def thumbnail(tiles: list[Pixels]) -> bytes:

@@ -69,6 +69,9 @@ def _job(
     os.chdir(cwd)
     if largest_file is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
+    import torch
+
+    torch.set_num_threads(1)  # the default of a fresh process is every core, and tests share them
     path = str(ROOT / "jobs" / f"{job}.py")
     sys.argv = [path, *arguments]
     runpy.run_path(path, run_name="__main__")

@@ -65,7 +65,7 @@ def reached(run: Path, job: str, moment: int | str) -> bool:
         return len(committed(run, job)) >= moment
     if moment == "fold":
         return (run / "results" / job).exists()
-    return (run / "results" / "account" / f"{job}.parquet").exists()
+    return bool(list((run / "results" / "account").glob(f"{job}.*")))
 
 
 def kill_at(job: str, run: Path, data: Path, moment: int | str) -> bool:
@@ -95,18 +95,19 @@ def check(job: str, moment: int | str, whole: Path, data: Path, tmp_path: Path) 
     print(f"seed {SEED}: {job} killed at {moment}")
     run = tmp_path / f"{job}-{moment}"
     shutil.copytree(whole, run)
-    manifests = [run / "results" / f"{table}.manifest.json" for table in TABLES[job]]
+    manifests = [run / "results" / "manifests" / table for table in TABLES[job]]
     for path in [*manifests, *(run / "results" / table for table in TABLES[job])]:
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
-    (run / "results" / "account" / f"{job}.parquet").unlink()
+        shutil.rmtree(path)
+    for kind in ("account", "skipped"):
+        for path in (run / "results" / kind).glob(f"{job}.*"):
+            path.unlink()
     interrupted = kill_at(job, run, data, moment)
     before = committed(run, job)
-    if not manifests[0].exists():
-        text = finish(job, run, data)
-        assert "finished in" in text
+    text = finish(job, run, data)
+    assert "finished in" in text
     assert_same(whole, run, *TABLES[job])
-    account = pd.read_parquet(run / "results" / "account" / f"{job}.parquet")
-    assert account.samples.sum() == json.loads(manifests[0].read_text())["slices"].popitem()[1]["samples"]
+    account = pd.read_parquet(run / "results" / "account").query(f"table == '{job}'")
+    assert account.samples.sum() == json.loads(next(manifests[0].iterdir()).read_text())["samples"]
     again = account[[f"part-{part:06d}.parquet" in before for part in account.part]]
     assert interrupted
     assert len(again) >= 1

@@ -10,6 +10,7 @@ import tempfile
 import time
 import uuid
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,16 +47,13 @@ def free_ports(count: int) -> list[int]:
 
 def stop(mark: str) -> None:
     """End the processes that carry the mark, and no others: `ray stop` would end every Ray of the machine."""
-    for number in (signal.SIGTERM, signal.SIGKILL):
-        for process in alive(mark):
-            try:
-                os.kill(process, number)
-            except ProcessLookupError:
-                continue
-        deadline = time.monotonic() + 5
-        while alive(mark) and time.monotonic() < deadline:
-            time.sleep(0.1)
-    assert not alive(mark)
+    deadline = time.monotonic() + 30
+    while found := alive(mark):
+        assert time.monotonic() < deadline, "processes of the head are still there after 30 s"
+        for process in found:
+            with suppress(ProcessLookupError):
+                os.kill(process, signal.SIGKILL)
+        time.sleep(0.1)
 
 
 @pytest.fixture(scope="module")
@@ -141,6 +139,7 @@ def test_a_submitted_job_runs_in_a_copy_of_the_project_and_writes_where_it_is_to
     check_result(run, data, tmp_path)
 
 
+@pytest.mark.slow
 def test_a_relative_path_in_a_submitted_copy_is_refused_and_the_job_fails(head):
     """An entry point that fails with any status makes the command line end with 1; the message is in its output."""
     done = submit(head, "python", "jobs/top9.py", "--run", "runs/demo", "--data", "/x", working_dir=Path())
@@ -185,7 +184,7 @@ def test_more_skipped_than_allowed_is_told_by_a_submitted_job(head, make_run, tm
     assert "exit code 3" in done.stdout
 
 
-def join(head: Head, run: Path | str, data: Path | str, address: str, cwd: Path = ROOT):
+def join(head: Head, run: Path | str, data: Path | str, address: str, cwd: Path = ROOT, seconds: int = 150):
     job = [sys.executable, str(ROOT / "jobs" / "top9.py"), "--run", str(run), "--data", str(data), *SWEEP]
     return subprocess.run(
         [*job, "--address", address],
@@ -193,7 +192,7 @@ def join(head: Head, run: Path | str, data: Path | str, address: str, cwd: Path 
         env=head.env,
         capture_output=True,
         text=True,
-        timeout=150,
+        timeout=seconds,
         check=False,
     )
 
@@ -204,6 +203,7 @@ def workers_of(head: Head) -> list[str]:
     return [path.name for path in logs.glob("worker-*.out")]
 
 
+@pytest.mark.slow
 def test_address_joins_the_cluster_that_is_there(head, world, tmp_path):
     run, data = world
     before = len(workers_of(head))
@@ -223,10 +223,12 @@ def test_relative_paths_mean_the_same_to_workers_started_elsewhere(head, world):
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+# FAULT 15: Ray goes on trying for minutes, and says nothing that a user would understand.
+@pytest.mark.xfail(strict=True, reason="FAULT 15")
 @pytest.mark.slow
 def test_an_address_where_no_cluster_answers_is_refused(head, world):
     run, data = world
-    done = join(head, run, data, f"127.0.0.1:{free_ports(1)[0]}")
+    done = join(head, run, data, f"127.0.0.1:{free_ports(1)[0]}", seconds=45)
     assert done.returncode == 1
     assert "no Ray cluster answers at '127.0.0.1:" in done.stderr
     assert "start one or leave --address out" in done.stderr

@@ -23,10 +23,10 @@ from pipeline.analyses import deconv, occlusion, top9
 from pipeline.atlas import Options, build, sprites
 from pipeline.atlas.charts import chart
 from pipeline.atlas.heatmaps import PALETTE, class_colours, colour_table, heat
-from pipeline.atlas.projections import Box, around_grey, projection_of, tile
+from pipeline.atlas.projections import Box, around_grey, tile
 from pipeline.atlas.records import Sources
-from pipeline.atlas.site import file_stem
-from pipeline.runs import Run, RunError
+from pipeline.projections import relative, semantics_columns, stored
+from pipeline.runs import Run, RunError, file_stem
 from pipeline.storage import Location
 from zfnet.deconv import Semantics
 from zfnet.images import Preprocessing
@@ -69,8 +69,8 @@ def entry(rows: int) -> dict[str, Any]:
 
 
 def finish(run: Run, table: str, slice_: str, rows: Any) -> None:
-    tables.write(rows, run.results(table) / f"{slice_}.parquet")
-    run.finish(table, {slice_: entry(rows.num_rows)})
+    tables.write(rows, run.slice(table, slice_))
+    run.finish(table, slice_, entry(rows.num_rows))
 
 
 def write_layer(run: Run, layer: str, values: str, without: tuple[str, ...], maps: int = 4, side: int = 12) -> None:
@@ -129,10 +129,10 @@ def deconv_rows(shared: dict[str, Any], values: str) -> Any:
     rows = len(projections)
     columns = {
         **shared,
-        **deconv.stored(projections, values),
+        **stored(projections, values),
         "patch_png": patches,
         **{f"box_{name}": [1.0] * rows for name in ("top", "left", "height", "width")},
-        **deconv.semantics_columns(Semantics(), rows),
+        **semantics_columns(Semantics(), rows),
     }
     return tables.conform(columns, deconv.schema(deconv.Config(values=values)))  # type: ignore[arg-type]
 
@@ -162,12 +162,12 @@ def write_occlusion(run: Run) -> None:
         "image_png": deconv.png(np.full((SIDE, SIDE, 3), 60, dtype=np.uint8)),
         "activation": 5.0,
         **{"row": 1, "col": 2, "top": -2, "left": 3, "height": 12, "width": 12},
-        **{name: value[0] for name, value in deconv.semantics_columns(Semantics(), 1).items()},
+        **{name: value[0] for name, value in semantics_columns(Semantics(), 1).items()},
     }
     rows = [{**same, "key": HOSTILE, "label": 1, "label_name": CLASSES[1]}]
     rows.append({**same, "key": "plain", "label": None, "label_name": None, "class_map": np.full(25, 99)})
-    stored = deconv.stored([np.ones((10, 12, 3), dtype=np.float32)] * 2, "float32")
-    columns = {name: [row[name] for row in rows] for name in rows[0]} | stored
+    projected = stored([np.ones((10, 12, 3), dtype=np.float32)] * 2, "float32")
+    columns = {name: [row[name] for row in rows] for name in rows[0]} | projected
     finish(run, "occlusion", "images", tables.conform(columns, occlusion.OCCLUSION))
 
 
@@ -432,8 +432,8 @@ def test_a_field_larger_than_the_image_is_shown_on_the_image() -> None:
 
 def test_each_tile_is_scaled_by_itself() -> None:
     row = {"projection": np.float32([1e6, 0, -5e5]), "projection_height": 1, "projection_width": 1}
-    assert projection_of(row).tolist() == [[[1, 0, -0.5]]]
-    assert projection_of({**row, "projection": np.zeros(3, np.float32)}).tolist() == [[[0, 0, 0]]]
+    assert relative(row).tolist() == [[[1, 0, -0.5]]]
+    assert relative({**row, "projection": np.zeros(3, np.float32)}).tolist() == [[[0, 0, 0]]]
 
 
 @pytest.mark.parametrize("group_bytes", [1, 4000, 10**9])

@@ -150,7 +150,7 @@ def test_dead_maps_have_no_rows(make_run, make_shards):
     run_top9(run, data)
     assert not [row for row in rows_of(run, "conv5") if row[0] == 3]
     frame = pd.read_parquet(run / "results" / "feature_maps")
-    assert frame[frame.dead].query("layer == 'conv5'").feature_map.tolist() == [3]
+    assert 3 in frame[frame.dead].query("layer == 'conv5'").feature_map.tolist()
     assert run_deconv(run, data) == 0
 
 
@@ -312,6 +312,7 @@ def test_a_finished_slice_is_never_rewritten(make_run, make_shards, capsys):
         "account",
         "feature_maps",
         "feature_maps-five",
+        "manifests",
         "skipped",
         "top9",
         "top9-five",
@@ -343,7 +344,7 @@ def test_an_interrupted_sweep_goes_on_where_it_stopped(make_run, make_shards, tm
     assert not (run / "results").exists()
     assert run_top9(run, data) == 0
     assert_same(run, undisturbed, "top9", "feature_maps")
-    account = pd.read_parquet(run / "results" / "account" / "top9.parquet")
+    account = pd.read_parquet(run / "results" / "account")
     assert account.attempts.tolist() == [1, 1, 1, 2, 1, 1, 1]
     assert account.samples.sum() == sum(UNEQUAL)
     assert not (run / "unfinished" / "top9").exists()
@@ -375,13 +376,13 @@ def test_skipped_samples_are_counted_and_named(make_run, tmp_path, capsys):
     run = make_run()
     assert run_top9(run, data) == 3
     assert "3 of 10 samples skipped" in capsys.readouterr().out
-    skipped = pd.read_parquet(run / "results" / "skipped" / "top9.parquet")
+    skipped = pd.read_parquet(run / "results" / "skipped")
     assert dict(zip(skipped.key, skipped.reason, strict=True)) == {
         pictures[3][0]: "bad_image",
         pictures[5][0]: "empty_file",
         pictures[7][0]: "no_image",
     }
-    entry = json.loads((run / "results" / "top9.manifest.json").read_text())["slices"]["conv1"]
+    entry = json.loads((run / "results" / "manifests" / "top9" / "conv1.json").read_text())
     assert entry["samples"] == 10
     assert sum(entry["skipped"].values()) == 3
     assert pd.read_parquet(run / "results" / "feature_maps").images.unique().tolist() == [7]
@@ -481,5 +482,5 @@ def test_a_node_that_does_not_see_the_run_says_so(make_run, make_shards, monkeyp
 
     data, run = make_shards(val=[3]), make_run()
     monkeypatch.setattr(Work, "prepare", lambda self: None)
-    with pytest.raises(SweepFailed, match=r"does not see .+plan.json.+storage that all nodes share"):
+    with pytest.raises(SweepFailed, match=r"does not see .+work.json.+storage that all nodes share"):
         run_top9(run, data)
