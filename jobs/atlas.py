@@ -17,7 +17,7 @@ def main(options: Annotated[atlas.Options, command.FLAT], run: str = "runs/demo"
     """Build RUN/atlas/index.html.
 
     Args:
-        options: Annotated[what, command.FLAT] the pages hold.
+        options: what the pages hold.
         run: run directory: a local path, s3:// or gs://.
     """
     atlas.build(Run.at(run), options)

@@ -1,6 +1,7 @@
 """Project the top-9 cells of every feature map down to pixels, beside the patches that caused them.
 
 python jobs/deconv.py --run runs/demo --data shards/rendered
+
 ray job submit --working-dir . -- python jobs/deconv.py --run s3://bucket/run --data s3://bucket/shards
 """
 

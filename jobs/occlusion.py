@@ -1,6 +1,7 @@
 """Slide a grey square over images and record what the network sees.
 
 python jobs/occlusion.py --run runs/demo --first 9
+
 ray job submit --working-dir . -- python jobs/occlusion.py --run s3://bucket/run --data s3://bucket/shards
 """
 

@@ -1,7 +1,9 @@
 """Turn images into WebDataset shards with an index, or index shards that came from elsewhere.
 
 python jobs/shards.py rendered
+
 python jobs/shards.py imagefolder photos --out shards/photos
+
 python jobs/shards.py index data/*.tar --out shards/data
 """
 

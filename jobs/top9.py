@@ -1,6 +1,7 @@
 """Find the nine images that excite each feature map most, and the statistics of every map.
 
 python jobs/top9.py --run runs/demo --data shards/rendered
+
 ray job submit --working-dir . -- python jobs/top9.py --run s3://bucket/run --data s3://bucket/shards
 """
 

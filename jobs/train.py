@@ -1,6 +1,7 @@
 """Train a network on labelled shards.
 
 python jobs/train.py --run runs/demo --data shards/rendered
+
 ray job submit --working-dir . -- python jobs/train.py --run s3://bucket/run --data s3://bucket/shards
 """
 

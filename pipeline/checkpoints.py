@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load, save
 
 from pipeline.runs import Run, RunError
+from pipeline.shards import Skipped
 from pipeline.storage import Location
 
 EVOLUTION = (1, 2, 5, 10, 20, 30, 40, 64)
@@ -32,6 +33,8 @@ class Checkpoint:
     optimizer: dict[str, Any]
     history: list[float]
     """Validation error of every epoch so far."""
+    skipped: frozenset[Skipped] = frozenset()
+    """What could not be read so far, by any worker."""
 
 
 def _folder(run: Run, epoch: int) -> Location:
@@ -52,7 +55,9 @@ def write(run: Run, checkpoint: Checkpoint) -> None:
     buffer = io.BytesIO()
     torch.save(checkpoint.optimizer, buffer)
     (folder / "optimizer.pt").write(buffer.getvalue())
-    (folder / "manifest.json").write(json.dumps({"epoch": checkpoint.epoch, "history": checkpoint.history}).encode())
+    skipped = sorted([s.shard, s.key, s.reason, s.detail] for s in checkpoint.skipped)
+    manifest = {"epoch": checkpoint.epoch, "history": checkpoint.history, "skipped": skipped}
+    (folder / "manifest.json").write(json.dumps(manifest).encode())
     for epoch in finished(run):
         if epoch < checkpoint.epoch - 1:
             _drop(run, epoch)
@@ -68,17 +73,15 @@ def _drop(run: Run, epoch: int) -> None:
         folder.delete()
 
 
-def newest(run: Run) -> Checkpoint | None:
-    """The last whole checkpoint, or None. Raises: RunError where it is damaged."""
-    epochs = finished(run)
-    if not epochs:
-        return None
-    folder = _folder(run, epochs[-1])
+def read(run: Run, epoch: int) -> Checkpoint:
+    """A whole checkpoint. Raises: RunError where it is damaged."""
+    folder = _folder(run, epoch)
     try:
         manifest = json.loads((folder / "manifest.json").read())
         optimizer = torch.load(io.BytesIO((folder / "optimizer.pt").read()), weights_only=True, map_location="cpu")
         tensors = load((folder / "weights.safetensors").read())
-        return Checkpoint(int(manifest["epoch"]), tensors, optimizer, [float(e) for e in manifest["history"]])
+        skipped = frozenset(Skipped(*entry) for entry in manifest["skipped"])
+        return Checkpoint(epoch, tensors, optimizer, [float(error) for error in manifest["history"]], skipped)
     except Exception as error:  # torch.load and safetensors raise many kinds for damaged files
         raise RunError(
             f"the checkpoint {folder} cannot be read ({error}): delete it to go on from the one before, or train "

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import logging
 import os
+import re
+import socket
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -19,6 +22,10 @@ OBJECT_STORE_BYTES = 512 * 2**20
 
 class CannotSchedule(ValueError):
     """The cluster can never give what was asked; the message names both."""
+
+
+class TrainingFailed(RuntimeError):
+    """Training failed for good; the message holds what the workers said."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +70,8 @@ def connected(address: str | None) -> Iterator[None]:
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     try:
         if address is not None:
-            ray.init(address=address, **quiet)
+            _require_answer(address)
+            ray.init(address=address, runtime_env=_runtime_env(), **quiet)
         elif os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR"):
             ray.init(**quiet)
         else:
@@ -72,6 +80,7 @@ def connected(address: str | None) -> Iterator[None]:
                 address="local",
                 include_dashboard=False,
                 object_store_memory=OBJECT_STORE_BYTES,
+                runtime_env=_runtime_env(),
                 **quiet,
             )
     except ConnectionError as error:
@@ -82,6 +91,25 @@ def connected(address: str | None) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def _runtime_env() -> dict[str, Any]:
+    """Workers import what the driver imports, installed or not, whatever folder they were started in."""
+    root = str(Path(__file__).resolve().parents[1])
+    return {"env_vars": {"PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))}}
+
+
+def _require_answer(address: str) -> None:
+    """Ray itself would go on asking for minutes."""
+    match = re.fullmatch(r"(?:\w+://)?\[?([^\]/]+)\]?:(\d+)", address)
+    if match is None:
+        return  # "auto", or a name that Ray knows
+    try:
+        socket.create_connection((match[1], int(match[2])), timeout=10).close()
+    except OSError as error:
+        raise CannotSchedule(
+            f"no Ray cluster answers at {address!r} ({error}): start one or leave --address out"
+        ) from None
 
 
 def nodes() -> list[dict[str, float]]:
@@ -125,9 +153,9 @@ def _describe(found: list[dict[str, float]]) -> str:
 def fit(worker: Callable[[dict[str, Any]], None], config: dict[str, Any], resources: Resources, failures: int) -> None:
     """Run a training function on every worker with Ray Train; a dead worker restarts them all, `failures` times.
 
-    Raises: CannotSchedule where training failed for good, with what Ray says of it.
+    Raises: TrainingFailed where it failed for good, with what the workers said.
     """
-    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
     from ray.train.torch import TorchTrainer
 
     with tempfile.TemporaryDirectory(prefix="zfnet-ray-train-") as scratch:
@@ -144,7 +172,10 @@ def fit(worker: Callable[[dict[str, Any]], None], config: dict[str, Any], resour
                 name="train", storage_path=scratch, failure_config=FailureConfig(max_failures=failures)
             ),
         )
-        trainer.fit()
+        try:
+            trainer.fit()
+        except TrainingFailedError as error:
+            raise TrainingFailed(str(error)) from None
 
 
 def train_context() -> tuple[int, int, str]:

@@ -30,20 +30,22 @@ class Options:
 
 
 def run(options: Options) -> int:
-    """Everything; what is finished already is not done again. Returns the exit status."""
+    """Everything; what the run holds already is not made again. Returns the worst exit status."""
     started = time.time()
     index = shards_or_default(options.data, None)
     sweeps = SweepOptions(run=options.run, data=options.data)
     with cluster.connected(None):
-        train.run(train.Options(run=options.run, data=options.data, epochs=options.epochs))
-        sweep.run(top9.ANALYSIS, sweeps, top9.Config())
-        sweep.run(deconv.ANALYSIS, sweeps, deconv.Config())
-        sweep.run(occlusion.ANALYSIS, sweeps, occlusion.Config(first=12))
+        status = max(
+            train.run(train.Options(run=options.run, data=options.data, epochs=options.epochs)),
+            sweep.run(top9.ANALYSIS, sweeps, top9.Config()),
+            sweep.run(deconv.ANALYSIS, sweeps, deconv.Config()),
+            sweep.run(occlusion.ANALYSIS, sweeps, occlusion.Config(first=12)),
+        )
     page = atlas.build(Run.at(options.run), atlas.Options())
     _say_accuracy(options, linear_baselines(index, "zfnet_small"))
     say(f"\ndemo: {time.time() - started:.0f} s. Open {page}, or read the tables:")
     say(f'  pd.read_parquet("{Location.of(options.run)}/results/top9")')
-    return 0
+    return status
 
 
 def _say_accuracy(options: Options, baselines: dict[str, float]) -> None:

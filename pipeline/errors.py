@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pipeline.cluster import CannotSchedule
+from pipeline.cluster import CannotSchedule, TrainingFailed
 from pipeline.runs import RunError
 from pipeline.shards import BadShards
 from pipeline.storage import StorageError
@@ -14,4 +14,14 @@ class SweepFailed(RuntimeError):
     """A job ended before its table was finished; what is done is kept."""
 
 
-FORESEEN = (BadShards, CannotSchedule, RunError, StorageError, SweepFailed, UnknownLayer, Unprojectable, Untraceable)
+FORESEEN = (
+    BadShards,
+    CannotSchedule,
+    RunError,
+    StorageError,
+    SweepFailed,
+    TrainingFailed,
+    UnknownLayer,
+    Unprojectable,
+    Untraceable,
+)

@@ -45,6 +45,9 @@ class Plan:
     train_data_id: str
     validation_data_id: str
     train_samples: int
+    """Images to train on."""
+    samples: int
+    """Samples of both splits, those that cannot be used included."""
 
 
 class Trainer:
@@ -70,6 +73,7 @@ class Trainer:
             self.epoch += 1
             row = self._epoch(batches)
             self.history.append(1 - row["validation_top1"])
+            self.skipped = self._all_skipped()
             if self.rank == 0:
                 metrics.write(self.run_directory, row)
                 self._checkpoint()
@@ -78,7 +82,8 @@ class Trainer:
     def _prepare(self) -> None:
         """Network, preprocessing and optimizer, fresh or from the newest checkpoint."""
         self.network = models.build(self.plan.architecture, classes=len(self.classes))
-        found = checkpoints.newest(self.run_directory)
+        epoch = self._newest_checkpoint()
+        found = checkpoints.read(self.run_directory, epoch) if epoch else None
         recipe.initialise(self.network, self.plan.recipe.init, self.plan.seed)
         resize_px = self.network.resize_px
         if found is None:
@@ -96,6 +101,7 @@ class Trainer:
             mean = found.tensors.pop(_MEAN)
             self.network.load_state_dict(found.tensors)
             self.epoch, self.history = found.epoch, found.history
+            self.skipped |= found.skipped
         self.preprocessing = Preprocessing(resize_px=resize_px, crop_px=self.network.input_px, mean=mean)
         self.network.to(self.device)
         self.optimizer = torch.optim.SGD(
@@ -107,6 +113,13 @@ class Trainer:
         if found is not None:
             self.optimizer.load_state_dict(found.optimizer)
         self.parallel: nn.Module = self.network if self.world == 1 else DistributedDataParallel(self.network)
+
+    def _newest_checkpoint(self) -> int:
+        """The last epoch with a whole checkpoint, or 0: rank 0 looks, so that all begin at the same one."""
+        choice = [max(checkpoints.finished(self.run_directory), default=0)]
+        if self.world > 1:
+            dist.broadcast_object_list(choice)
+        return choice[0]
 
     @property
     def steps(self) -> int:
@@ -238,14 +251,15 @@ class Trainer:
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.network.state_dict().items()}
         tensors[_MEAN] = self.preprocessing.mean
         checkpoints.write(
-            self.run_directory, Checkpoint(self.epoch, tensors, self.optimizer.state_dict(), self.history)
+            self.run_directory,
+            Checkpoint(self.epoch, tensors, self.optimizer.state_dict(), self.history, frozenset(self.skipped)),
         )
 
     def _finish(self) -> None:
         """Write what could not be read, then the model; run.json is last."""
-        skipped = self._all_skipped()
         if self.rank:
             return
+        skipped = sorted(self.skipped, key=lambda s: (s.shard, s.key, s.reason))
         self._write_skipped(skipped)
         self.run_directory.save_model(
             self.network.eval(),
@@ -255,11 +269,11 @@ class Trainer:
             about={"training": describe(self.plan), "skipped": len(skipped), "history": self.history},
         )
 
-    def _all_skipped(self) -> list[Skipped]:
+    def _all_skipped(self) -> set[Skipped]:
         gathered: list[Any] = [self.skipped] * self.world
         if self.world > 1:
             dist.all_gather_object(gathered, self.skipped)
-        return sorted(set().union(*gathered), key=lambda s: (s.shard, s.key, s.reason))
+        return set().union(*gathered)
 
     def _write_skipped(self, skipped: list[Skipped]) -> None:
         columns = {name: [getattr(s, name) for s in skipped] for name in ("shard", "key", "reason", "detail")}

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import time
 
+EXIT_SKIPPED = 3
+"""Exit status of a job that finished with more samples skipped than --max-skipped allows."""
+
 _EVERY_SECONDS = 5.0
 
 

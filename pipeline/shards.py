@@ -125,8 +125,7 @@ class Index:
 
         Raises: BadShards for an unknown or empty split, or a key that occurs twice.
         """
-        if name not in self.shards:
-            raise BadShards(f"there is no split {name!r} in {self.folder}: it has {', '.join(self.shards) or 'none'}")
+        self._require(name)
         rows = self.samples.filter(pc.equal(self.samples["split"], name))
         if rows.num_rows == 0:
             raise BadShards(f"the split {name!r} in {self.folder} holds no samples: give shards with images")
@@ -137,8 +136,13 @@ class Index:
         number[order] = np.arange(rows.num_rows)
         return rows.append_column("number", pa.array(number))
 
+    def _require(self, split: str) -> None:
+        if split not in self.shards:
+            raise BadShards(f"there is no split {split!r} in {self.folder}: it has {', '.join(self.shards) or 'none'}")
+
     def data_id(self, split: str) -> str:
         """Identity of a split's images: 16 hex digits over its shards' names, sizes and sha256, and the classes."""
+        self._require(split)
         shards = [[s["file"], s["samples"], s["bytes"], s["sha256"]] for s in self.shards[split]]
         return hashlib.sha256(json.dumps([shards, self.classes]).encode()).hexdigest()[:16]
 
@@ -394,6 +398,11 @@ def index_shards(shards: list[str], out: str, *, classes: str | None, accept_dam
         )
     folder = locations[0].parent
     names = Location.of(classes) if classes else folder / "classes.txt"
-    listed = names.read().decode().splitlines() if classes or names.exists() else None
+    try:
+        listed = names.read().decode().splitlines() if classes or names.exists() else None
+    except (FileNotFoundError, UnicodeDecodeError) as error:
+        raise BadShards(
+            f"{names} cannot be read ({error}): give a UTF-8 file with the name of a class on each line"
+        ) from None
     target = Location.of(out)
     return write_index(scans, target, listed, None if str(target) == str(folder) else folder)

@@ -35,6 +35,8 @@ class Location:
 
     filesystem: pafs.FileSystem
     path: str
+    query: str = ""
+    """Of the URL that it came from: endpoint, region and the like, so that its text means the same elsewhere."""
 
     @classmethod
     def of(cls, path: str | os.PathLike[str] | Location) -> Location:
@@ -46,18 +48,25 @@ class Location:
             return path
         text = os.fspath(path)
         if "://" in text:
+            address, _, query = text.partition("?")
+            uri = address.rstrip("/") + (f"?{query}" if query else "")
             try:
-                return cls(*pafs.FileSystem.from_uri(text.rstrip("/")))
+                filesystem, inner = pafs.FileSystem.from_uri(uri)
+                return cls(filesystem, inner, query)
             except (pa.ArrowInvalid, OSError, ValueError) as error:
                 raise StorageError(f"cannot use {text!r}: {error}; give a local path, s3:// or gs://") from None
+        home = os.environ.get("ZFNET_HOME", "")
+        if "://" in home and not Path(text).expanduser().is_absolute():
+            return cls.of(home) / text
         return cls(pafs.LocalFileSystem(), _absolute(text))
 
     def __truediv__(self, name: str) -> Location:
-        return Location(self.filesystem, str(PurePosixPath(self.path) / name))
+        return Location(self.filesystem, str(PurePosixPath(self.path) / name), self.query)
 
     def __str__(self) -> str:
         scheme = {"gcs": "gs"}.get(self.filesystem.type_name, self.filesystem.type_name)
-        return self.path if self.local else f"{scheme}://{self.path}"
+        query = f"?{self.query}" if self.query else ""
+        return self.path if self.local else f"{scheme}://{self.path}{query}"
 
     @property
     def local(self) -> Path | None:
@@ -72,7 +81,7 @@ class Location:
     @property
     def parent(self) -> Location:
         """The folder that holds it."""
-        return Location(self.filesystem, str(PurePosixPath(self.path).parent))
+        return Location(self.filesystem, str(PurePosixPath(self.path).parent), self.query)
 
     def exists(self) -> bool:
         """Whether a file or folder of this name is there."""
@@ -118,18 +127,12 @@ class Location:
         """
         temporary = self._temporary(staging)
         try:
-            with temporary.open("wb") as file:
+            with cannot_write(self), temporary.open("wb") as file:
                 yield file
                 file.flush()
                 os.fsync(file.fileno())
-            self._commit(temporary)
-        except OSError as error:
-            if isinstance(error, FileNotFoundError | StorageError):
-                raise
-            raise StorageError(
-                f"cannot write {self}: {error.strerror or error}; free space or choose another place, "
-                "then give the same command again"
-            ) from error
+            with cannot_write(self):
+                self._commit(temporary)
         finally:
             temporary.unlink(missing_ok=True)
 
@@ -151,8 +154,14 @@ class Location:
         if self.local is not None:
             temporary.replace(self.path)
             return
-        with temporary.open("rb") as source, self.filesystem.open_output_stream(self.path) as target:
-            shutil.copyfileobj(source, target, length=2**24)
+        # A stream that breaks off is closed like one that ended well, so the upload has a temporary name too.
+        upload = self.parent / temporary.name
+        try:
+            with temporary.open("rb") as source, self.filesystem.open_output_stream(upload.path) as target:
+                shutil.copyfileobj(source, target, length=2**24)
+            self.filesystem.move(upload.path, self.path)
+        finally:
+            upload.delete()
 
     def delete(self) -> None:
         """Delete the file or folder; no error where there is none."""
@@ -165,13 +174,32 @@ class Location:
     def _info(self) -> Any:
         return retrying(self, lambda: self.filesystem.get_file_info(self.path))
 
+    def clear_temporary(self, prefix: str = "") -> None:
+        """Delete what killed writers left in this local folder."""
+        for path in self.local.glob(f"{_TEMPORARY}{prefix}*") if self.local is not None else ():
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+@contextmanager
+def cannot_write(location: Location) -> Iterator[None]:
+    """Errors of storage inside the block are reported with the file's name and what to do."""
+    try:
+        yield
+    except StorageError:
+        raise
+    except OSError as error:
+        raise StorageError(
+            f"cannot write {location}: {error.strerror or error}; free space or choose another place, "
+            "then give the same command again"
+        ) from error
+
 
 def retrying(location: Location, action: Callable[[], T]) -> T:
     """The action's result; errors of storage are tried again from the start, then reported with the file's name."""
     for attempt in range(1, READ_ATTEMPTS + 1):
         try:
             return action()
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             raise FileNotFoundError(f"there is no file {location}") from None
         except OSError as error:
             if attempt == READ_ATTEMPTS:

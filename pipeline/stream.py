@@ -104,7 +104,7 @@ class Images(Dataset[Any]):
 
     def __getitems__(self, places: list[Place]) -> Examples:
         """A batch; what cannot be read is in its `skipped`."""
-        found = self.index.read(self.rows.take([row for _, row in places]))
+        found = self.index.read(self.rows.take(pa.array([row for _, row in places], type=pa.int64())))
         taken: list[tuple[images.Pixels, int, int, int]] = []
         skipped: list[Skipped] = []
         for (epoch, _), sample in zip(places, found, strict=True):

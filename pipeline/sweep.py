@@ -20,14 +20,11 @@ from pipeline.actor import PartActor, torch_settings_kept
 from pipeline.analysis import Analysis
 from pipeline.context import Context, Options, open_context
 from pipeline.errors import FORESEEN, SweepFailed
-from pipeline.progress import Progress, say
+from pipeline.progress import EXIT_SKIPPED, Progress, say
 from pipeline.shards import Skipped
 from pipeline.sources.default import shards_or_default
 from pipeline.storage import Location
 from pipeline.work import Work, clear_stale, delete_if_empty, fingerprint, reasons
-
-EXIT_SKIPPED = 3
-"""Exit status of a job that finished with more samples skipped than --max-skipped allows."""
 
 
 def run(analysis: Analysis, options: Options, config: Any) -> int:
@@ -45,6 +42,7 @@ def run(analysis: Analysis, options: Options, config: Any) -> int:
     clear_stale(context, {name: made for name, made in wanted.items() if name not in missing})
     if missing:
         _make(analysis, context, options, missing, started)
+        clear_stale(context, wanted)
         say(f"{context.table}: finished in {time.time() - started:.1f} s: {context.run.results(context.table)}")
     else:
         say(f"{context.table}: {_listed(list(wanted))} finished already, in {context.run.results(context.table)}")

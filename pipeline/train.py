@@ -21,9 +21,9 @@ import torch
 
 from pipeline import cluster, metrics, tables
 from pipeline.cluster import Workers
-from pipeline.errors import FORESEEN, SweepFailed
+from pipeline.errors import SweepFailed
 from pipeline.loop import Plan, Trainer, describe
-from pipeline.progress import say
+from pipeline.progress import EXIT_SKIPPED, say
 from pipeline.runs import Run, RunError, require_visible
 from pipeline.sources.default import DEFAULT, shards_or_default
 from pipeline.storage import Location
@@ -33,8 +33,6 @@ from zfnet.recipe import Initialisation, Recipe, Schedule, recipe_for
 
 MAX_FAILURES = 3
 """How often Ray Train starts the workers again after one of them died."""
-
-EXIT_SKIPPED = 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,6 +111,8 @@ def _plan(options: Options) -> Plan:
     except ValueError as error:
         raise RunError(str(error)) from None
     recipe = _recipe(options)
+    if options.seed < 0:
+        raise RunError(f"--seed is {options.seed}: give 0 or more")
     if len(index.classes) < 2:
         raise RunError(f"{options.data} has {len(index.classes)} classes: training needs at least 2")
     counts = {}
@@ -141,6 +141,7 @@ def _plan(options: Options) -> Plan:
         train_data_id=index.data_id(options.train_split),
         validation_data_id=index.data_id(options.validation_split),
         train_samples=counts[options.train_split],
+        samples=sum(index.splits[split] for split in (options.train_split, options.validation_split)),
     )
 
 
@@ -220,33 +221,24 @@ def _on_ray(options: Options, plan: Plan, directory: Run) -> None:
     with cluster.connected(options.address):
         resources = cluster.resolve(options.workers)
         decoders = options.decoders if options.decoders is not None else resources.cpus
-        problem = directory.unfinished("train") / "error.txt"
-        problem.delete()
         # Decoding takes about as much of a CPU as a small network does; torch's threads would only wait for it.
         config = {"plan": plan, "decoders": decoders, "threads": max(1, resources.cpus // 2)}
         cluster.fit(_worker, config, resources, MAX_FAILURES)
-        if problem.exists():
-            message = problem.read().decode()
-            directory.unfinished("train").delete()
-            raise SweepFailed(f"train: {message}")
-    directory.unfinished("train").delete()
 
 
 def _worker(config: dict[str, Any]) -> None:
-    """What Ray Train runs on each worker. Foreseen errors are written down: trying again would not help."""
+    """What Ray Train runs on each worker."""
     rank, world, device = cluster.train_context()
     torch.set_num_threads(config["threads"])
     plan: Plan = config["plan"]
-    try:
-        require_visible(str(claim_of(Run.at(plan.run))))
-        Trainer(plan, rank=rank, world=world, device=device, decoders=config["decoders"]).run()
-    except FORESEEN as error:
-        (Run.at(plan.run).unfinished("train") / "error.txt").write(str(error).encode())
+    require_visible(str(claim_of(Run.at(plan.run))))
+    Trainer(plan, rank=rank, world=world, device=device, decoders=config["decoders"]).run()
 
 
 def _status(directory: Run, plan: Plan, max_skipped: float) -> int:
+    """0, or 3 where a larger share of the samples of both splits was skipped than allowed."""
     location = directory.location / "results" / "skipped" / "train.parquet"
     skipped = tables.read(location).num_rows if location.exists() else 0
     if skipped:
-        say(f"train: {skipped} samples skipped; see results/skipped/train.parquet")
-    return EXIT_SKIPPED if skipped > max_skipped * (plan.train_samples + skipped) else 0
+        say(f"train: {skipped} of {plan.samples} samples skipped; see results/skipped/train.parquet")
+    return EXIT_SKIPPED if skipped > max_skipped * plan.samples else 0

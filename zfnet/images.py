@@ -116,7 +116,8 @@ class Preprocessing:
             start = centre_offset(self.resize_px, size)
             return mean[:, start : start + size, start : start + size]
         corners = zip(top.tolist(), left.tolist(), strict=True)
-        return torch.stack([mean[:, t : t + size, le : le + size] for t, le in corners])
+        crops = [mean[:, t : t + size, le : le + size] for t, le in corners]
+        return torch.stack(crops) if crops else mean.new_zeros(0, 3, size, size)
 
 
 def centre_offset(length: int, crop: int) -> int:

@@ -43,6 +43,12 @@ class Rendered(Writing):
     val: int = rendered.Rendered.val
     """Images to validate on."""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("train", "val"):
+            if getattr(self, name) < 0:
+                raise BadShards(f"--{name} is {getattr(self, name)}: give 0 or more")
+
 
 @dataclass(frozen=True, kw_only=True)
 class ImageFolder(Writing):

@@ -5,6 +5,9 @@ from __future__ import annotations
 import io
 import re
 import tarfile
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -42,14 +45,18 @@ class Ilsvrc2012:
         """ILSVRC2012_ID -> wnid and words, from the kit's meta.mat."""
         from scipy.io import loadmat
 
-        with tarfile.open(self.folder / DEVKIT) as kit:
-            member = next((m for m in kit if m.name.endswith("data/meta.mat")), None)
-            stream = kit.extractfile(member) if member else None
-            if stream is None:
-                raise BadShards(f"{DEVKIT} holds no data/meta.mat: download it again")
-            meta = loadmat(io.BytesIO(stream.read()), squeeze_me=True)["synsets"]
+        meta = loadmat(io.BytesIO(self._from_kit("data/meta.mat")), squeeze_me=True)["synsets"]
         leaves = [row for row in meta if int(row["num_children"]) == 0]
         return {int(row["ILSVRC2012_ID"]): (str(row["WNID"]), str(row["words"])) for row in leaves}
+
+    def _from_kit(self, name: str) -> bytes:
+        """A file of the development kit."""
+        with _archive(self.folder / DEVKIT), tarfile.open(self.folder / DEVKIT) as kit:
+            member = next((m for m in kit if m.name.endswith(name)), None)
+            stream = kit.extractfile(member) if member else None
+            if stream is None:
+                raise BadShards(f"{DEVKIT} holds no {name}: download it again")
+            return stream.read()
 
     @cached_property
     def _wnids(self) -> list[str]:
@@ -72,12 +79,7 @@ class Ilsvrc2012:
 
     @cached_property
     def _val(self) -> list[tuple[_Place, str]]:
-        with tarfile.open(self.folder / DEVKIT) as kit:
-            member = next((m for m in kit if m.name.endswith(_TRUTH)), None)
-            stream = kit.extractfile(member) if member else None
-            if stream is None:
-                raise BadShards(f"{DEVKIT} holds no {_TRUTH}: download it again")
-            truth = [int(line) for line in stream.read().split()]
+        truth = [int(line) for line in self._from_kit(_TRUTH).split()]
         places = sorted(_members(self.folder / VAL, 0), key=lambda place: place.name)
         numbers = [int(re.findall(r"\d+", place.name)[-1]) for place in places]
         if numbers and max(numbers) > len(truth):
@@ -104,9 +106,24 @@ class Ilsvrc2012:
         return {"__key__": Path(place.name).stem, "jpg": data, "cls": label, "json": about}
 
 
+@contextmanager
+def _archive(path: Path) -> Iterator[None]:
+    """Damage of an archive is reported by its name."""
+    try:
+        yield
+    except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
+        raise BadShards(f"{path.name} is damaged ({error or 'it ends early'}): download it again") from None
+
+
 def _members(path: Path, start: int) -> list[_Place]:
-    """Files of the tar that starts at byte `start` of a file."""
-    with path.open("rb") as file:
+    """Files of the tar that starts at byte `start` of a file. Raises: BadShards unless it is whole."""
+    with _archive(path), path.open("rb") as file:
+        size = path.stat().st_size
         file.seek(start)
         with tarfile.open(fileobj=file, mode="r:") as tar:
-            return [_Place(m.name, m.offset_data, m.size) for m in tar if m.isreg()]
+            places = [_Place(m.name, m.offset_data, m.size) for m in tar if m.isreg()]
+            file.seek(tar.offset)
+            ended = file.read(2 * tarfile.BLOCKSIZE) == bytes(2 * tarfile.BLOCKSIZE)
+        if not ended or any(place.offset + place.size > size for place in places):
+            raise BadShards(f"{path.name} is damaged (it has no end-of-archive mark): download it again")
+        return places

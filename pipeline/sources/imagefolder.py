@@ -44,7 +44,10 @@ class ImageFolder:
         """Names of the folders, in order; None where an image lies in none."""
         if any(len(path.parts) == 1 for path in self._paths):
             return None
-        return sorted({path.parts[0] for path in self._paths})
+        names = sorted({path.parts[0] for path in self._paths})
+        if len({_text(name) for name in names}) != len(names):
+            raise BadShards(f"two class folders in {self.folder} have the same name once it is UTF-8: rename one")
+        return [_text(name) for name in names]
 
     @cached_property
     def _split_paths(self) -> dict[str, list[Path]]:
@@ -60,7 +63,12 @@ class ImageFolder:
         """The path without its suffix, which is kept where another file differs in nothing else; dots become '_'."""
         plain = {path: _dotless(path.with_suffix("")) for path in self._paths}
         count = Counter(plain.values())
-        return {path: key if count[key] == 1 else _dotless(path) for path, key in plain.items()}
+        keys = {path: key if count[key] == 1 else _dotless(path) for path, key in plain.items()}
+        twice = [key for key, number in Counter(keys.values()).items() if number > 1]
+        if twice:
+            paths = [str(path) for path, key in keys.items() if key == twice[0]]
+            raise BadShards(f"{', '.join(map(_text, paths))} give the same key {twice[0]!r}: rename all but one")
+        return keys
 
     @property
     def splits(self) -> dict[str, int]:
@@ -77,14 +85,14 @@ class ImageFolder:
         """The file's bytes, untouched, under its path as key."""
         path = self._split_paths[split][number]
         data = (self.folder / path).read_bytes()
-        source = path.as_posix().encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+        source = _text(path.as_posix())
         sample: dict[str, Any] = {
             "__key__": self._keys[path],
             path.suffix.lower().lstrip("."): data,
             "json": {"source": source, **images.describe(data)},
         }
         if self.classes is not None:
-            label = self.classes.index(path.parts[0])
+            label = self.classes.index(_text(path.parts[0]))
             sample["cls"] = label
             sample["json"] |= {"cls": label, "label": self.classes[label]}
         return sample
@@ -92,4 +100,9 @@ class ImageFolder:
 
 def _dotless(path: Path) -> str:
     """webdataset ends a key at the first dot of a name."""
-    return path.as_posix().encode("utf-8", "surrogateescape").decode("utf-8", "replace").replace(".", "_")
+    return _text(path.as_posix()).replace(".", "_")
+
+
+def _text(name: str) -> str:
+    """A name as UTF-8; bytes that are not become U+FFFD."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")

@@ -8,15 +8,16 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import webdataset as wds
 
-from pipeline.shards import BadShards, Index, Scan, scan, write_index
-from pipeline.storage import Location
+from pipeline.shards import BadShards, Index, Scan, scan, split_of, write_index
+from pipeline.storage import Location, cannot_write
+
+_STAGING = "shards-"
 
 
 class Source(Protocol):
@@ -54,48 +55,64 @@ def write_shards(source: Source, out: str, *, seed: int = 0, samples_per_shard: 
         return Index.load(target)
     if not sum(source.splits.values()):
         raise BadShards(f"the source {source.about()} has no images: nothing to write")
-    with tempfile.TemporaryDirectory(prefix=".tmp-shards-", dir=_staging(target)) as staging:
-        scans = [
-            found
-            for split in source.splits
-            for found in _write_split(source, split, seed, samples_per_shard, Path(staging), target)
-        ]
+    with cannot_write(target):
+        if target.local is not None:
+            target.local.mkdir(parents=True, exist_ok=True)
+            target.clear_temporary(_STAGING)  # what a killed writer left
+        with tempfile.TemporaryDirectory(prefix=f".tmp-{_STAGING}", dir=target.local) as staging:
+            scans = [
+                found
+                for split in source.splits
+                for found in _write_split(source, split, seed, samples_per_shard, Path(staging), target)
+            ]
+    written = {split: sum(len(s.rows) for s in scans if split_of(s.file) == split) for split in source.splits}
+    if written != source.splits:
+        raise BadShards(f"{source.splits} images were to be written and {written} are there: do two have the same key?")
     return write_index(scans, target, source.classes, about=about)
-
-
-def _staging(target: Location) -> Path | None:
-    """Temporary names lie beside the shards on a local disk, so that renaming them is atomic."""
-    if target.local is not None:
-        target.local.mkdir(parents=True, exist_ok=True)
-    return target.local
 
 
 def _write_split(
     source: Source, split: str, seed: int, samples_per_shard: int, staging: Path, target: Location
-) -> Iterator[Scan]:
+) -> list[Scan]:
+    """Write the shards of a split; each is moved to its place as soon as it is whole."""
     order = np.random.default_rng([seed, 0x5A4D]).permutation(source.splits[split]).tolist()
+    scans: list[Scan] = []
     if not order:
-        return
+        return scans
+
+    def move(name: str) -> None:
+        scans.append(scan(Location.of(name)))
+        with (target / Path(name).name).whole_file() as file, Path(name).open("rb") as shard:
+            shutil.copyfileobj(shard, file)
+        Path(name).unlink()
+
     pattern = str(staging / f"{split}-%06d.tar")
-    with wds.ShardWriter(pattern, maxcount=samples_per_shard, verbose=0, encoder=False, mtime=0) as writer:
+    with wds.ShardWriter(pattern, maxcount=samples_per_shard, verbose=0, encoder=False, mtime=0, post=move) as writer:
         for sample in _made(source, split, order):
             writer.write(sample)
-    for path in sorted(staging.glob(f"{split}-*.tar")):
-        yield scan(Location.of(str(path)))
-        with (target / path.name).whole_file() as file, path.open("rb") as shard:
-            shutil.copyfileobj(shard, file)
-        path.unlink()
+    return scans
 
 
 def _made(source: Source, split: str, order: list[int]) -> Iterator[dict[str, Any]]:
     """The samples in order, made by all cores where there are enough to pay for starting processes."""
-    make = partial(_encoded, source, split)
     cores = os.cpu_count() or 1
     if cores == 1 or len(order) < 500:
-        yield from map(make, order)
+        yield from (_encoded(source, split, number) for number in order)
         return
-    with multiprocessing.get_context("spawn").Pool(cores) as pool:
-        yield from pool.imap(make, order, chunksize=16)
+    with multiprocessing.get_context("spawn").Pool(cores, _receive, (source, split)) as pool:
+        yield from pool.imap(_make, order, chunksize=16)
+
+
+_received: list[tuple[Source, str]] = []
+"""What a process of the pool makes samples of: sent to it once."""
+
+
+def _receive(source: Source, split: str) -> None:
+    _received[:] = [(source, split)]
+
+
+def _make(number: int) -> dict[str, Any]:
+    return _encoded(*_received[0], number)
 
 
 def _encoded(source: Source, split: str, number: int) -> dict[str, Any]:

@@ -126,8 +126,6 @@ def test_names_that_are_not_utf8_are_kept(make_folder, tmp_path):
     assert sorted(found) == ["a/fine", "a/��"]
 
 
-# FAULT 1: keys that fall together in one split are merged without a word where they lie side by side in the tar.
-@pytest.mark.xfail(strict=True, reason="FAULT 1")
 @pytest.mark.parametrize("names", [(b"a/\xff.jpg", b"a/\xfe.jpg"), ("a.b/x.jpg", "a_b/x.jpg")])
 def test_names_that_give_one_key_are_refused(make_folder, tmp_path, names):
     with pytest.raises(BadShards, match="twice|same key"):
@@ -135,8 +133,6 @@ def test_names_that_give_one_key_are_refused(make_folder, tmp_path, names):
     assert not (tmp_path / "out" / "index.json").exists()
 
 
-# FAULT 2: the name of a class that is not UTF-8 ends in a UnicodeEncodeError.
-@pytest.mark.xfail(strict=True, reason="FAULT 2")
 def test_classes_whose_names_are_not_utf8_are_kept(make_folder, tmp_path):
     photos = make_folder(b"a\xff/1.jpg", "b/2.jpg")
     index = write(photos, tmp_path / "out")
@@ -330,8 +326,6 @@ def test_imagenet_with_more_validation_images_than_truths_is_refused(imagenet, t
         write_shards(Ilsvrc2012(folder=folder), str(tmp_path / "out"))
 
 
-# FAULT 3: a damaged official archive ends in tarfile's own error, and one cut at a member's border in a short set.
-@pytest.mark.xfail(strict=True, reason="FAULT 3")
 @pytest.mark.parametrize("cut", [0.5, 0.0])
 @pytest.mark.parametrize("name", [TRAIN, VAL, DEVKIT])
 def test_a_damaged_imagenet_archive_is_refused_by_its_name(imagenet, tmp_path, name, cut):
@@ -463,8 +457,6 @@ def test_a_kill_in_the_middle_leaves_no_index_and_the_rerun_gives_the_same_bytes
     assert visible == content(tmp_path / "whole")
 
 
-# FAULT 4: the staging folder of a killed writer, up to a split in size, stays for ever.
-@pytest.mark.xfail(strict=True, reason="FAULT 4")
 def test_a_rerun_clears_what_a_killed_writer_left(tmp_path):
     kill_in_the_middle(tmp_path / "killed")
     write_numbers(tmp_path / "killed")
@@ -478,8 +470,6 @@ def test_many_images_are_made_by_several_processes_with_the_same_bytes(tmp_path,
     assert content(tmp_path / "many") == content(tmp_path / "one")
 
 
-# FAULT 5: the whole source is pickled again for every 16 images; a torchvision set holds all its pixels.
-@pytest.mark.xfail(strict=True, reason="FAULT 5")
 def test_a_source_is_sent_to_each_process_once(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "cpu_count", lambda: 2)
     write_numbers(tmp_path / "out", count=520, pickled=str(tmp_path / "pickled"))

@@ -174,8 +174,6 @@ def test_a_missing_file_is_named_at_once(folder, monkeypatch):
         (folder / "file.bin").size()
 
 
-# FAULT 6: an upload that fails half-way is closed like one that ended well: the object appears, cut.
-@pytest.mark.xfail(strict=True, reason="FAULT 6")
 @pytest.mark.parametrize("before", [None, b"before"])
 def test_an_upload_that_fails_leaves_no_half_of_an_object(bucket, before):
     file = Location(pafs.PyFileSystem(pafs.FSSpecHandler(bucket)), "bucket/folder/file.bin")
@@ -224,12 +222,11 @@ def test_a_name_below_a_file_is_refused_with_what_to_do(tmp_path):
     assert not (Location.of(str(tmp_path / "file")) / "run").exists()
 
 
-# FAULT 8: a folder that is there but takes no file gives a bare FileNotFoundError, which jobs do not foresee.
 @pytest.mark.parametrize(
     "place",
     [
         "/proc/zfnet/run.json",
-        pytest.param("/proc/zfnet.json", marks=pytest.mark.xfail(strict=True, reason="FAULT 8")),
+        "/proc/zfnet.json",
     ],
 )
 def test_a_place_that_cannot_be_written_is_refused_with_what_to_do(place):
@@ -266,8 +263,6 @@ def test_a_relative_path_is_taken_from_zfnet_home_where_it_is_set(tmp_path, monk
     assert Location.of("/absolute").local == Path("/absolute")
 
 
-# FAULT 7: a ZFNET_HOME on an object store, which the message about --working-dir proposes, becomes a folder "s3:".
-@pytest.mark.xfail(strict=True, reason="FAULT 7")
 def test_zfnet_home_may_be_a_url(tmp_path, monkeypatch):
     monkeypatch.setenv("ZFNET_HOME", f"file://{tmp_path}")
     assert Location.of("runs/demo").local == tmp_path / "runs" / "demo"

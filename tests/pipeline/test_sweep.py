@@ -247,10 +247,16 @@ def test_deconv_refuses_other_images_than_the_sweeps(make_run, make_shards):
         run_deconv(run, make_shards("others", val=[5]))
 
 
-def test_deconv_notices_weights_that_give_other_activations(make_run, make_shards, monkeypatch):
+@pytest.mark.parametrize("change", [1e-3, float("nan")])
+def test_deconv_notices_activations_that_do_not_come_back(make_run, make_shards, change):
     data, run = make_shards(val=[4]), make_run()
     run_top9(run, data, layers=("conv2",))
-    monkeypatch.setattr(deconv, "AGREES_WITHIN", -1.0)
+    path = run / "results" / "top9" / "conv2.parquet"
+    table = pq.read_table(path)
+    values = table["activation"].to_numpy().copy()
+    values[7] += change * values.max()
+    column = table.schema.get_field_index("activation")
+    pq.write_table(table.set_column(column, table.schema.field(column), [values]), path)
     with pytest.raises(SweepFailed, match="the shards were changed since"):
         run_deconv(run, data)
 
@@ -475,6 +481,128 @@ def test_a_run_that_cannot_be_written_is_refused(make_run, make_shards):
 def test_what_can_never_be_scheduled_is_refused(make_run, make_shards, ray_cluster, workers, message):
     with pytest.raises(CannotSchedule, match=message):
         run_top9(make_run(), make_shards(val=[3]), workers=workers)
+
+
+def test_deconv_is_made_again_for_another_top9(make_run, make_shards):
+    """The table it is made of is part of its identity."""
+    data, run = make_shards(val=[12]), make_run()
+    run_top9(run, data, layers=("conv2",), k=3)
+    run_deconv(run, data)
+    shutil.rmtree(run / "results" / "top9")
+    shutil.rmtree(run / "results" / "manifests" / "top9")
+    run_top9(run, data, layers=("conv2",), k=9, name="nine")
+    with pytest.raises(RunError, match="run jobs/top9.py first"):
+        run_deconv(run, data)
+    shutil.rmtree(run / "results" / "feature_maps")
+    shutil.rmtree(run / "results" / "manifests" / "feature_maps")
+    run_top9(run, data, layers=("conv2",), k=9)
+    with pytest.raises(RunError, match="sources: finished with"):
+        run_deconv(run, data)
+
+
+def test_layers_asked_for_after_an_interrupted_deconv_lose_no_row(make_run, make_shards, monkeypatch):
+    """Other layers need other images, so their parts are other parts."""
+    data, run = make_shards(val=[40]), make_run()
+    run_top9(run, data, layers=("conv1", "conv2", "conv5"))
+    with monkeypatch.context() as patch:
+        calls = []
+
+        def breaks(context, results):
+            calls.append(results)
+            if len(calls) == 3:
+                raise RunError("the power went")
+            return deconv.reduce_part(context, results)
+
+        patch.setattr(deconv, "ANALYSIS", replace(deconv.ANALYSIS, reduce_part=breaks))
+        with pytest.raises(SweepFailed, match="the power went"):
+            run_deconv(run, data, part_size=8)
+    for layers in (("conv2",), ("conv1",), ()):
+        run_deconv(run, data, part_size=8, layers=layers)
+    keys = ["layer", "feature_map", "rank", "key"]
+    top, projected = (pd.read_parquet(run / "results" / name)[keys] for name in ("top9", "deconv"))
+    assert len(projected) == len(top)
+    assert len(projected.merge(top)) == len(top)
+    assert not (run / "unfinished" / "deconv").exists()
+
+
+def test_parts_of_other_samples_are_refused(make_run, make_shards, monkeypatch):
+    data, run = make_shards(val=UNEQUAL), make_run()
+    with monkeypatch.context() as patch:
+        break_after(patch, 3)
+        with pytest.raises(SweepFailed):
+            run_top9(run, data)
+    (folder,) = (run / "unfinished" / "top9").glob("*/parts")
+    shutil.copy(folder / "part-000000.parquet", folder / "part-000003.parquet")
+    with pytest.raises(RunError, match="part-000003.parquet holds other samples than it should"):
+        run_top9(run, data)
+
+
+@pytest.mark.parametrize("part", [1, 4])
+def test_two_runs_of_one_job_do_not_break_each_other(make_run, make_shards, tmp_path, monkeypatch, capsys, part):
+    """The second finishes, and clears up, while the first is at work."""
+    data, run = make_shards(val=UNEQUAL), make_run()
+    undisturbed = tmp_path / "undisturbed"
+    shutil.copytree(run, undisturbed)
+    run_top9(undisturbed, data)
+    calls = []
+
+    def overtaken(context, results):
+        calls.append(results)
+        if len(calls) == part:
+            assert run_top9(run, data) == 0
+        return top9.reduce_part(context, results)
+
+    monkeypatch.setattr(top9, "ANALYSIS", replace(top9.ANALYSIS, reduce_part=overtaken))
+    assert run_top9(run, data) == 0
+    assert ("another run of this job finished it meanwhile" in capsys.readouterr().out) == (part > 1)
+    assert_same(run, undisturbed, "top9", "feature_maps")
+    assert not (run / "unfinished").exists() or not list((run / "unfinished").iterdir())
+
+
+def test_another_configuration_that_finished_meanwhile_is_not_overwritten(make_run, make_shards, monkeypatch):
+    data, run = make_shards(val=UNEQUAL), make_run()
+    fold = top9.fold
+
+    def overtaken(context, parts, layers):
+        if context.config.k == 9:
+            run_top9(run, data, k=5)
+        yield from fold(context, parts, layers)
+
+    plain = top9.ANALYSIS
+    with pytest.raises(RunError, match="k: finished with 5, asked 9"):
+        sweep.run(
+            replace(plain, fold=overtaken),
+            Options(run=str(run), data=str(data), workers=IN_PROCESS),
+            top9.Config(part_size=8, batch_size=3),
+        )
+    assert pd.read_parquet(run / "results" / "top9")["rank"].max() == 5
+
+
+def test_what_a_crash_left_of_finished_work_is_cleared(make_run, make_shards, monkeypatch):
+    data, run = make_shards(val=[5]), make_run()
+    with monkeypatch.context() as patch:
+        patch.setattr(sweep, "delete_if_empty", lambda folder: None)
+        patch.setattr("pipeline.storage.Location.delete", lambda self: None)
+        run_top9(run, data)
+    assert list((run / "unfinished" / "top9").iterdir())
+    assert run_top9(run, data) == 0
+    assert not (run / "unfinished" / "top9").exists()
+
+
+@pytest.mark.parametrize("name", ["../escaped", "a/b", "", ".hidden"])
+def test_a_name_cannot_leave_the_results(name):
+    with pytest.raises(RunError, match="letters, digits"):
+        Options(name=name)
+
+
+def test_torch_is_left_as_it_was(make_run, make_shards):
+    torch.set_num_threads(2)
+    try:
+        run_top9(make_run(), make_shards(val=[3]))
+        assert torch.get_num_threads() == 2
+        assert not torch.are_deterministic_algorithms_enabled()
+    finally:
+        torch.set_num_threads(1)
 
 
 def test_a_node_that_does_not_see_the_run_says_so(make_run, make_shards, monkeypatch):
