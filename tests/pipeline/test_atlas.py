@@ -60,7 +60,7 @@ def make_run(folder: Path, *, values: str = "float32", without: tuple[str, ...] 
         write_occlusion(run)
     if "skipped" not in without:
         row = {name: [HOSTILE] for name in tables.SKIPPED.names}
-        tables.write(tables.conform(row, tables.SKIPPED), run.location / "results" / "skipped")
+        tables.write(tables.conform(row, tables.SKIPPED), run.location / "results" / "skipped" / "top9.parquet")
     return run
 
 
