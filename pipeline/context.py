@@ -56,10 +56,6 @@ class Options:
         run, data = (str(Location.of(path)) for path in (self.run, self.data))
         return replace(self, run=run, data=data, index=self.index and str(Location.of(self.index)))
 
-    def named(self, table: str) -> str:
-        """The table's name in the run."""
-        return table if self.name is None else f"{table}-{self.name}"
-
 
 @dataclass(frozen=True, eq=False)
 class Picture:
@@ -92,8 +88,19 @@ class Context:
     split: str
     data_id: str
     config: Any
-    table: str
+    analysis: str
+    name: str | None
+    """Of --name."""
     device: str = "cpu"
+
+    @property
+    def table(self) -> str:
+        """The analysis's main table, as it is called in the run."""
+        return self.named(self.analysis)
+
+    def named(self, table: str) -> str:
+        """A table of the analysis, as it is called in the run."""
+        return table if self.name is None else f"{table}-{self.name}"
 
     @property
     def identity(self) -> dict[str, str]:
@@ -114,14 +121,14 @@ class Context:
 def open_context(options: Options, config: Any, analysis: str, device: str) -> Context:
     """Load the run's model and the shards' index."""
     run = Run.at(options.run)
-    table = options.named(analysis)
     model = run.load_model()
     index = Index.load(options.data, options.index)
     if device == "cuda":
         model.network.to(device)
     size = model.preprocessing.crop_px
     graph = trace(model.network, (3, size, size))
-    return Context(run, model, graph, index, options.split, index.data_id(options.split), config, table, device)
+    data_id = index.data_id(options.split)
+    return Context(run, model, graph, index, options.split, data_id, config, analysis, options.name, device)
 
 
 def read_pictures(context: Context, rows: pa.Table) -> tuple[list[Picture], list[Skipped]]:

@@ -24,7 +24,7 @@ from pipeline.progress import EXIT_SKIPPED, Progress, say
 from pipeline.shards import Skipped
 from pipeline.sources.default import shards_or_default
 from pipeline.storage import Location
-from pipeline.work import Work, clear_stale, delete_if_empty, fingerprint, reasons
+from pipeline.work import Work, begun, clear_finished, fingerprint, reasons
 
 
 def run(analysis: Analysis, options: Options, config: Any) -> int:
@@ -33,30 +33,30 @@ def run(analysis: Analysis, options: Options, config: Any) -> int:
     Raises: RunError, BadShards, StorageError, CannotSchedule, SweepFailed, each with a message for the user.
     """
     started = time.time()
+    resolved = options.resolved()
     shards_or_default(options.data, options.index)
-    options = options.resolved()
+    options = resolved
     context = open_context(options, config, analysis.table, "cpu")
     context = replace(context, config=analysis.resolve(context))
     wanted = {slice_: fingerprint(context, analysis, slice_) for slice_ in analysis.slices(context)}
-    missing = _missing(analysis, context, options, wanted)
-    clear_stale(context, {name: made for name, made in wanted.items() if name not in missing})
+    missing = _missing(analysis, context, wanted)
     if missing:
         _make(analysis, context, options, missing, started)
-        clear_stale(context, wanted)
         say(f"{context.table}: finished in {time.time() - started:.1f} s: {context.run.results(context.table)}")
     else:
         say(f"{context.table}: {_listed(list(wanted))} finished already, in {context.run.results(context.table)}")
+    clear_finished(context)
     return _status(context, list(wanted), options.max_skipped)
 
 
-def _missing(analysis: Analysis, context: Context, options: Options, wanted: dict[str, dict[str, Any]]) -> list[str]:
+def _missing(analysis: Analysis, context: Context, wanted: dict[str, dict[str, Any]]) -> list[str]:
     """Slices that are not finished in each of the analysis's tables."""
-    missing = [context.run.missing(options.named(table), wanted) for table in analysis.tables]
+    missing = [context.run.missing(context.named(table), wanted) for table in analysis.tables]
     return sorted({slice_ for some in missing for slice_ in some})
 
 
 def _make(analysis: Analysis, context: Context, options: Options, missing: list[str], started: float) -> None:
-    work = Work.of(context, analysis, missing)
+    work = Work.of(context, analysis, begun(context, analysis, missing) or missing)
     work.prepare()
     todo = work.unfinished_parts()
     say(f"{context.table}: {json.dumps(context.decides(analysis.selects))}")
@@ -65,13 +65,11 @@ def _make(analysis: Analysis, context: Context, options: Options, missing: list[
         if todo:
             with nullcontext() if options.workers.num == 0 else cluster.connected(options.address):
                 _map(analysis, options, work, todo)
-        _fold(analysis, options, work, started)
+        _fold(analysis, options, work, missing, started)
     except (*FORESEEN, FileNotFoundError):
-        if _missing(analysis, context, options, work.fingerprints):
+        if _missing(analysis, context, work.fingerprints):
             raise
         say(f"{context.table}: another run of this job finished it meanwhile")
-    work.location.delete()
-    delete_if_empty(work.location.parent)
 
 
 def _listed(slices: list[str]) -> str:
@@ -102,8 +100,8 @@ def _map(analysis: Analysis, options: Options, work: Work, todo: list[int]) -> N
             progress.advance(done["samples"])
 
 
-def _fold(analysis: Analysis, options: Options, work: Work, started: float) -> None:
-    """Finished files from all parts, then skipped samples and account, then the manifests."""
+def _fold(analysis: Analysis, options: Options, work: Work, slices: list[str], started: float) -> None:
+    """Finished files of the slices from all parts, then skipped samples and account, then the manifests."""
     context = work.context
     skipped, environment = work.verify()
     if len(skipped) == work.samples:
@@ -117,8 +115,8 @@ def _fold(analysis: Analysis, options: Options, work: Work, started: float) -> N
         "environment": environment,
     }
     finished = []
-    for file in analysis.fold(context, [work.part(number) for number in range(len(work.parts))], work.slices):
-        table = options.named(file.table)
+    for file in analysis.fold(context, [work.part(number) for number in range(len(work.parts))], slices):
+        table = context.named(file.table)
         context.run.missing(table, {file.slice: work.fingerprints[file.slice]})  # refuses what another run finished
         location = context.run.slice(table, file.slice)
         rows = tables.write_stream(file.pieces, file.schema, location, staging=work.location / "staging")

@@ -154,21 +154,43 @@ def digest(rows: pa.Table) -> str:
     return hashlib.sha256(listed.encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 
-def clear_stale(context: Context, finished: dict[str, dict[str, Any]]) -> None:
-    """Delete what a crash left behind of work whose slices are all finished: slice -> fingerprint."""
+def begun(context: Context, analysis: Analysis, missing: list[str]) -> list[str] | None:
+    """The slices of work that was begun and of which just these are missing; None where there is none.
+
+    A crash between two manifests leaves work of which some slices are finished: its parts still serve the others.
+    """
+    for known in _works(context).values():
+        alike = all(fingerprint(context, analysis, slice_) == made for slice_, made in known.items())
+        if alike and sorted(_unfinished(context, analysis.tables, known)) == sorted(missing):
+            return sorted(known)
+    return None
+
+
+def clear_finished(context: Context) -> None:
+    """Delete the work whose slices are all finished, and what a crash left of such."""
+    for name, known in _works(context).items():
+        if not _unfinished(context, (context.table,), known):
+            (context.run.unfinished(context.table) / name).delete()
     folder = context.run.unfinished(context.table)
-    for name in folder.names():
-        token = folder / name / "work.json"
-        known = json.loads(token.read()) if token.exists() else {}
-        if all(finished.get(slice_) == made for slice_, made in known.items()):
-            (folder / name).delete()
-    delete_if_empty(folder)
-
-
-def delete_if_empty(folder: Location) -> None:
-    """Delete a folder that holds nothing more."""
     if folder.exists() and not folder.names():
         folder.delete()
+
+
+def _works(context: Context) -> dict[str, dict[str, dict[str, Any]]]:
+    """The work on this table that is on storage: name -> slice -> fingerprint."""
+    folder = context.run.unfinished(context.table)
+    tokens = {name: folder / name / "work.json" for name in folder.names()}
+    return {name: json.loads(token.read()) if token.exists() else {} for name, token in tokens.items()}
+
+
+def _unfinished(context: Context, tables_: tuple[str, ...], known: dict[str, dict[str, Any]]) -> list[str]:
+    """Slices of work that are not finished as it would make them, in each of these tables."""
+    manifests = [context.run.manifest(context.named(table)) for table in tables_]
+    return [
+        slice_
+        for slice_, made in known.items()
+        if any(manifest.get(slice_, {}).get("fingerprint") != made for manifest in manifests)
+    ]
 
 
 def _require_alike(one: dict[str, str], other: dict[str, str], location: Location) -> None:

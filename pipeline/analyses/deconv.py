@@ -124,8 +124,8 @@ def slices(context: Context) -> list[str]:
 
 def sources(context: Context, layer: str) -> dict[str, Any]:
     """The cells come from this slice of top9."""
-    entry = _finished(context)[layer]
-    return {context.config.top9: {name: entry[name] for name in ("fingerprint", "rows", "samples", "skipped")}}
+    entry = context.run.manifest(context.config.top9).get(layer, {})
+    return {context.config.top9: {name: entry.get(name) for name in ("fingerprint", "rows", "samples", "skipped")}}
 
 
 def samples(context: Context, layers: list[str]) -> pa.Table:

@@ -578,11 +578,40 @@ def test_another_configuration_that_finished_meanwhile_is_not_overwritten(make_r
     assert pd.read_parquet(run / "results" / "top9")["rank"].max() == 5
 
 
+@pytest.mark.parametrize("written", range(1, 10, 2))
+def test_a_crash_between_two_manifests_costs_no_part(make_run, make_shards, tmp_path, monkeypatch, written):
+    data, run = make_shards(val=UNEQUAL), make_run()
+    undisturbed = tmp_path / "undisturbed"
+    shutil.copytree(run, undisturbed)
+    run_top9(undisturbed, data)
+    finish, calls = Run.finish, []
+
+    def dies(self, table, slice_, entry):
+        if len(calls) == written:
+            raise RunError("the power went")
+        calls.append(slice_)
+        finish(self, table, slice_, entry)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "finish", dies)
+        with pytest.raises(RunError, match="the power went"):
+            run_top9(run, data)
+    before = {path.name: path.stat().st_mtime_ns for path in (run / "results" / "top9").iterdir()}
+    assert run_top9(run, data) == 0
+    assert_same(run, undisturbed, "top9", "feature_maps")
+    account = pd.read_parquet(run / "results" / "account")
+    assert (account.attempts == 1).all()
+    assert len(account) == 7
+    finished = [f"{slice_}.parquet" for slice_ in set(calls[: written - 1])]
+    after = {path.name: path.stat().st_mtime_ns for path in (run / "results" / "top9").iterdir()}
+    assert all(after[name] == before[name] for name in finished if calls.count(name.split(".")[0]) == 2)
+    assert not (run / "unfinished" / "top9").exists()
+
+
 def test_what_a_crash_left_of_finished_work_is_cleared(make_run, make_shards, monkeypatch):
     data, run = make_shards(val=[5]), make_run()
     with monkeypatch.context() as patch:
-        patch.setattr(sweep, "delete_if_empty", lambda folder: None)
-        patch.setattr("pipeline.storage.Location.delete", lambda self: None)
+        patch.setattr(sweep, "clear_finished", lambda context: None)
         run_top9(run, data)
     assert list((run / "unfinished" / "top9").iterdir())
     assert run_top9(run, data) == 0
