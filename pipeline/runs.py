@@ -3,8 +3,8 @@
 runs/NAME/run.json                    what the run is; written last, so a run without it has no model
 runs/NAME/model/weights.safetensors   weights and the preprocessing's tensors
 runs/NAME/results/TABLE/              Parquet, one file for each slice
-runs/NAME/results/TABLE.manifest.json which slices are finished, and what made them; written last
-runs/NAME/unfinished/TABLE/PLAN/      parts while a job is under way
+runs/NAME/results/manifests/TABLE/    a file for each finished slice: what made it; written last
+runs/NAME/unfinished/TABLE/WORK/      parts while a job is under way
 """
 
 from __future__ import annotations
@@ -159,10 +159,10 @@ class Run:
                 raise RunError(f"{location} is damaged ({error!r}): delete it and run the job again") from None
         return found
 
-    def finish(self, table: str, slice_: str, entry: dict[str, Any]) -> None:
+    def finish(self, table: str, slice_: str, entry: dict[str, Any], staging: Location) -> None:
         """Write a slice's manifest: the last step. One file a slice, so that jobs side by side lose nothing."""
         text = json.dumps({"table": table, "slice": slice_, **entry}, indent=1)
-        (self._manifests(table) / f"{file_stem(slice_)}.json").write(text.encode())
+        (self._manifests(table) / f"{file_stem(slice_)}.json").write(text.encode(), staging)
 
     def missing(self, table: str, wanted: dict[str, dict[str, Any]]) -> list[str]:
         """The slices that are not finished.

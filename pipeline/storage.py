@@ -113,9 +113,9 @@ class Location:
         """The file for random access, as a pyarrow NativeFile. Raises: FileNotFoundError."""
         return self.filesystem.open_input_file(self.path)
 
-    def write(self, data: bytes) -> None:
-        """Write the file whole, or not at all. Raises: StorageError."""
-        with self.whole_file() as file:
+    def write(self, data: bytes, staging: Location | None = None) -> None:
+        """Write the file whole, or not at all, built where `whole_file` says. Raises: StorageError."""
+        with self.whole_file(staging) as file:
             file.write(data)
 
     @contextmanager
@@ -123,7 +123,8 @@ class Location:
         """A binary file that appears under this name when the block ends without an exception.
 
         Args:
-            staging: a folder on the same storage for the temporary name, default beside the file.
+            staging: a folder on the same storage for the temporary name, default beside the file. What a killed
+                writer leaves there goes with the folder.
         """
         temporary = self._temporary(staging)
         try:
@@ -132,7 +133,7 @@ class Location:
                 file.flush()
                 os.fsync(file.fileno())
             with cannot_write(self):
-                self._commit(temporary)
+                self._commit(temporary, staging or self.parent)
         finally:
             temporary.unlink(missing_ok=True)
 
@@ -150,12 +151,12 @@ class Location:
                 f"cannot write in {folder}: {error.strerror}; choose a folder that can be written"
             ) from error
 
-    def _commit(self, temporary: Path) -> None:
+    def _commit(self, temporary: Path, staging: Location) -> None:
         if self.local is not None:
             temporary.replace(self.path)
             return
         # A stream that breaks off is closed like one that ended well, so the upload has a temporary name too.
-        upload = self.parent / temporary.name
+        upload = staging / temporary.name
         try:
             with temporary.open("rb") as source, self.filesystem.open_output_stream(upload.path) as target:
                 shutil.copyfileobj(source, target, length=2**24)

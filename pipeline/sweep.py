@@ -119,15 +119,15 @@ def _fold(analysis: Analysis, options: Options, work: Work, slices: list[str], s
         table = context.named(file.table)
         context.run.missing(table, {file.slice: work.fingerprints[file.slice]})  # refuses what another run finished
         location = context.run.slice(table, file.slice)
-        rows = tables.write_stream(file.pieces, file.schema, location, staging=work.location / "staging")
+        rows = tables.write_stream(file.pieces, file.schema, location, work.staging)
         if table == context.table:
             _require_rows(analysis, context, file.slice, skipped, rows)
         finished.append((table, file.slice, rows))
     _write_skipped(work, skipped)
-    tables.write(work.account(), _beside(work, "account"))
+    tables.write(work.account(), _beside(work, "account"), work.staging)
     for table, slice_, rows in finished:
         made = {"rows": rows, "fingerprint": work.fingerprints[slice_], **entry}
-        context.run.finish(table, slice_, {**made, "seconds": round(time.time() - started, 3)})
+        context.run.finish(table, slice_, {**made, "seconds": round(time.time() - started, 3)}, work.staging)
 
 
 def _require_rows(analysis: Analysis, context: Context, slice_: str, skipped: list[Skipped], rows: int) -> None:
@@ -145,7 +145,7 @@ def _write_skipped(work: Work, skipped: list[Skipped]) -> None:
     """results/skipped/TABLE.WORK.parquet: each sample once."""
     rows = [{"table": work.context.table, **asdict(sample)} for sample in skipped]
     table = tables.conform({name: [row[name] for row in rows] for name in tables.SKIPPED.names}, tables.SKIPPED)
-    tables.write(table, _beside(work, "skipped"))
+    tables.write(table, _beside(work, "skipped"), work.staging)
 
 
 def _status(context: Context, slices: list[str], max_skipped: float) -> int:

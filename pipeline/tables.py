@@ -112,9 +112,11 @@ def _cumulative(lengths: list[int]) -> Iterator[int]:
         yield total
 
 
-def write(table: pa.Table, location: Location, row_group_bytes: int = ROW_GROUP_BYTES) -> None:
+def write(
+    table: pa.Table, location: Location, staging: Location | None = None, row_group_bytes: int = ROW_GROUP_BYTES
+) -> None:
     """One Parquet file, whole or not at all."""
-    write_stream(iter([table]), table.schema, location, row_group_bytes=row_group_bytes)
+    write_stream(iter([table]), table.schema, location, staging, row_group_bytes)
 
 
 def write_stream(

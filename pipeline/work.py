@@ -64,6 +64,11 @@ class Work:
         return sum(part.num_rows for part in self.parts)
 
     @property
+    def staging(self) -> Location:
+        """Where files are built under temporary names: it goes with the work, whatever a kill left in it."""
+        return self.location / "staging"
+
+    @property
     def token(self) -> Location:
         """What the driver writes first: a node that does not see it does not see the run."""
         return self.location / "work.json"

@@ -70,7 +70,7 @@ def entry(rows: int) -> dict[str, Any]:
 
 def finish(run: Run, table: str, slice_: str, rows: Any) -> None:
     tables.write(rows, run.slice(table, slice_))
-    run.finish(table, slice_, entry(rows.num_rows))
+    run.finish(table, slice_, entry(rows.num_rows), run.location / "staging")
 
 
 def write_layer(run: Run, layer: str, values: str, without: tuple[str, ...], maps: int = 4, side: int = 12) -> None:

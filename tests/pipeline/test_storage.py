@@ -196,6 +196,17 @@ def test_no_temporary_file_of_an_upload_stays_on_the_disk(bucket, tmp_path, monk
     assert list(tmp_path.iterdir()) == []
 
 
+def test_an_upload_has_its_temporary_name_in_the_staging_folder(bucket, monkeypatch):
+    opened = []
+    open_ = bucket.open
+    monkeypatch.setattr(bucket, "open", lambda path, *a, **k: opened.append(Path(path)) or open_(path, *a, **k))
+    folder = Location(pafs.PyFileSystem(pafs.FSSpecHandler(bucket)), "bucket/folder")
+    (folder / "results" / "file.bin").write(DATA, folder / "staging")
+    assert [path.parent.name for path in opened if path.name.startswith(".tmp-")] == ["staging"]
+    assert (folder / "results").names() == ["file.bin"]
+    assert (folder / "results" / "file.bin").read() == DATA
+
+
 # ------------------------------------------------------------------------------------------------------------- a disk
 
 

@@ -586,11 +586,11 @@ def test_a_crash_between_two_manifests_costs_no_part(make_run, make_shards, tmp_
     run_top9(undisturbed, data)
     finish, calls = Run.finish, []
 
-    def dies(self, table, slice_, entry):
+    def dies(self, table, slice_, entry, staging):
         if len(calls) == written:
             raise RunError("the power went")
         calls.append(slice_)
-        finish(self, table, slice_, entry)
+        finish(self, table, slice_, entry, staging)
 
     with monkeypatch.context() as patch:
         patch.setattr(Run, "finish", dies)
