@@ -89,7 +89,7 @@ def test_all_three_maps_are_the_loop_over_positions(method, occluder, stride, ta
     model = zfnet_like(classes=4, input_px=96).double()
     clean, filled = image_and_fill(96)
     grid = Grid.of(96, occluder, stride)
-    got = sensitivity(trace(model, (3, 96, 96)), clean, filled, grid, target, batch=5, method=method)
+    got = sensitivity(trace(model, (3, 96, 96)), clean, filled, grid, target, memory_mb=8, method=method)
     strongest, maps, probability = slow_twin(model, model.relu5, clean, filled, grid, target)
     assert (got.layer, got.feature_map) == ("conv5", strongest)
     assert error(got.activation_map, maps[0]) <= 1e-12
@@ -124,7 +124,7 @@ def test_captum_agrees_where_its_grid_is_ours(stride):
 
 
 NETWORKS = [
-    ("alexnet", 224, 70, 60, "features.6"),
+    ("alexnet", 224, 70, 60, "features.10"),
     ("vgg11_bn", 64, 10, 18, None),
     ("resnet18", 96, 12, 28, None),
     ("squeezenet1_1", 96, 12, 28, None),
@@ -142,8 +142,8 @@ def test_incremental_is_dense_on_torchvision_networks(name, size, occluder, stri
     model = torchvision_network(name, seed=3).to(dtype)
     clean, filled = image_and_fill(size, dtype=dtype)
     graph, grid = trace(model, (3, size, size)), Grid.of(size, occluder, stride)
-    got = sensitivity(graph, clean, filled, grid, batch=8)
-    dense = sensitivity(graph, clean, filled, grid, batch=8, method="dense")
+    got = sensitivity(graph, clean, filled, grid, memory_mb=64)
+    dense = sensitivity(graph, clean, filled, grid, memory_mb=64, method="dense")
     assert worst(got, dense) <= bound
     assert dense.dense_from == graph.input != got.dense_from
     if dense_from:
@@ -170,8 +170,8 @@ def test_incremental_is_dense_on_random_chains(chain, occluder, stride):
     generator = torch.Generator().manual_seed(5)
     clean, filled = torch.randn(2, *shape, generator=generator, dtype=torch.float64) / 50
     graph, grid = trace(model, shape), Grid(14, occluder, stride)
-    got = sensitivity(graph, clean, filled, grid, batch=7)
-    dense = sensitivity(graph, clean, filled, grid, batch=7, method="dense")
+    got = sensitivity(graph, clean, filled, grid, memory_mb=0.1)
+    dense = sensitivity(graph, clean, filled, grid, memory_mb=0.1, method="dense")
     assert error(got.activation_map, dense.activation_map) <= 1e-12
     assert error(got.probability_map, dense.probability_map) <= 1e-12
 
@@ -202,7 +202,7 @@ def test_every_position_is_covered_by_the_fill_once_and_nothing_else_changes():
     clean, filled = torch.zeros(3, 8, 8), torch.ones(3, 8, 8)
     KEPT.clear()
     grid = Grid(8, 3, 2)
-    sensitivity(graph, clean, filled, grid, batch=4, method="dense")
+    sensitivity(graph, clean, filled, grid, memory_mb=1, method="dense")
     shown = torch.cat(KEPT[1:])[-len(grid.positions()) :]
     for image, (top, left) in zip(shown, grid.positions().tolist(), strict=True):
         expected = torch.zeros(3, 8, 8)
@@ -233,7 +233,7 @@ def test_the_batch_does_not_matter_and_the_images_are_left_alone():
     graph = trace(Branches().double(), (3, 40, 40))
     clean, filled = image_and_fill(40)
     before = clean.clone()
-    one, many = (sensitivity(graph, clean, filled, Grid.of(40, stride_px=3), batch=batch) for batch in (3, 1000))
+    one, many = (sensitivity(graph, clean, filled, Grid.of(40, stride_px=3), memory_mb=mb) for mb in (0.5, 1000))
     assert worst(one, many) <= 1e-12
     assert torch.equal(clean, before)
 
