@@ -50,6 +50,10 @@ class Axis:
         """[n]: cells; at least one, though a stride may step over the occluder."""
         return (self.last - self.first + 1).clamp(min=1)
 
+    def to(self, device: torch.device) -> "Axis":
+        """The same on a device."""
+        return Axis(self.first.to(device), self.last.to(device), self.length)
+
     def origins(self, places: Tensor, size: int) -> Tensor:
         """First cell of a window of `size` cells, inside the map, that holds what changes; for each of `places`."""
         return self.first[places].clamp(max=self.length - size)
@@ -189,8 +193,24 @@ class Occluded:
         values = self.graph.run(clean[None], {*kept, self.graph.input, *({plan.wanted} & plan.changes.keys())})
         self.cells = {name: _cells(value) for name, value in values.items()}
         self.filled = filled.permute(1, 2, 0).reshape(-1, len(filled))
-        self.weights: dict[str, Tensor] = {}
-        """Convolutions' weights, feature maps innermost like the maps."""
+        self.changes = {
+            name: (rows.to(clean.device), cols.to(clean.device)) for name, (rows, cols) in plan.changes.items()
+        }
+        self.weights = {
+            op.name: op.module.weight.contiguous(memory_format=torch.channels_last)
+            for op in plan.needed
+            if op.kind == "conv" and isinstance(op.module, nn.Conv2d)
+        }
+        self.instead = {op.name: self._as_fast_as_can_be(op) for op in plan.needed if op.kind in ("conv", "linear")}
+
+    def _as_fast_as_can_be(self, op: Operation) -> Callable[[Tensor], Tensor]:
+        """A convolution or linear operation on whole maps."""
+        module = op.module
+        if isinstance(module, nn.Linear):
+            return _linear(module)
+        assert isinstance(module, nn.Conv2d)
+        weight = self.weights[op.name]
+        return lambda x: F.conv2d(x, weight, module.bias, module.stride, module.padding, module.dilation, module.groups)
 
     @property
     def dense_from(self) -> str:
@@ -210,7 +230,7 @@ class Occluded:
         for group in self.plan.groups(places):
             together = max(1, memory_bytes // (group.elements * itemsize))
             for index in torch.arange(len(group.index)).split(together):
-                rows, cols = (axis[index] for axis in group.places)
+                rows, cols = (axis[index].to(self.filled.device) for axis in group.places)
                 waiting.append((group.index[index], *self._batch(rows, cols, group.sizes)))
                 if sum(neck.nbytes for _, _, neck in waiting) * 4 > memory_bytes:
                     yield self._finish(waiting)
@@ -222,8 +242,7 @@ class Occluded:
         index, sums, neck = (torch.cat(parts) for parts in zip(*waiting, strict=True))
         waiting.clear()
         output = self.graph.output
-        instead = {op.name: _linear(op.module) for op in self.plan.needed if isinstance(op.module, nn.Linear)}
-        return index, sums, self.graph.run_from({self.plan.neck: neck}, [output], instead)[output]
+        return index, sums, self.graph.run_from({self.plan.neck: neck}, [output], self.instead)[output]
 
     def _batch(self, rows: Tensor, cols: Tensor, sizes: Mapping[str, Pair]) -> tuple[Tensor, Tensor]:
         """The sum of the wanted map [B], and the values at the neck [B, units]."""
@@ -241,7 +260,7 @@ class Occluded:
                 sums = batch.whole(name, self.feature_map).sum((1, 2, 3))
             batch.let_go(name)
         wanted = [self.plan.neck] if sums is not None else [self.plan.wanted, self.plan.neck]
-        values = self.graph.run_from(given, wanted)
+        values = self.graph.run_from(given, wanted, self.instead)
         if sums is None:
             sums = values[self.plan.wanted][:, self.feature_map].sum((1, 2))
         return sums, values[self.plan.neck]
@@ -258,7 +277,7 @@ class _Batch:
 
     def origins(self, name: str) -> tuple[Tensor, Tensor]:
         """First row and first column of the windows of an operation; [B] each."""
-        axes = zip(self.image.plan.changes[name], self.places, self.sizes[name], strict=True)
+        axes = zip(self.image.changes[name], self.places, self.sizes[name], strict=True)
         rows, cols = (axis.origins(places, size) for axis, places, size in axes)
         return rows, cols
 
@@ -311,7 +330,7 @@ class _Batch:
         """
         image = self.image
         clean = image.cells[name]
-        changes = image.plan.changes[name]
+        changes = image.changes[name]
         shape = image.graph.operations[name].shape
         beside = shape[1] * shape[2] + (fill != 0)
         if name == image.graph.input:
@@ -329,7 +348,7 @@ class _Batch:
             clean, changed = clean[:, feature_map, None], changed[:, feature_map, None]
         index = _index(origins, size, starts, steps, bounds, block, shape, len(clean), beside)
         table = torch.cat([clean, changed])
-        chosen = table.index_select(0, index.flatten().to(table.device))
+        chosen = table.index_select(0, index.flatten())
         return chosen.view(len(index), *size, -1).permute(0, 3, 1, 2)
 
     def _slide(self, op: Operation, x: Tensor, origins: tuple[Tensor, Tensor]) -> Tensor:
@@ -337,8 +356,6 @@ class _Batch:
         assert op.window is not None
         window, module = op.window, op.module
         if isinstance(module, nn.Conv2d):
-            if op.name not in self.image.weights:
-                self.image.weights[op.name] = module.weight.contiguous(memory_format=torch.channels_last)
             weight = self.image.weights[op.name]
             return F.conv2d(x, weight, module.bias, window.stride, 0, window.dilation, module.groups)
         if op.kind == "maxpool":
@@ -348,7 +365,8 @@ class _Batch:
         sums = F.avg_pool2d(x, window.kernel, window.stride, divisor_override=1)
         counts = average_counts(op, self.image.graph.operations[op.inputs[0]].shape)
         for axis, (count, origin) in enumerate(zip(counts, origins, strict=True)):
-            share = count[origin[:, None] + torch.arange(self.sizes[op.name][axis])].to(x.device, x.dtype)
+            at = origin[:, None] + torch.arange(self.sizes[op.name][axis], device=x.device)
+            share = count.to(x.device, x.dtype)[at]
             sums = sums / (share[:, None, :, None] if axis == 0 else share[:, None, None, :])
         return sums
 
@@ -367,17 +385,16 @@ def _index(
     """[B, rows, cols]: for each cell of the windows asked for, its row in the table of cells."""
     clean, changed, outside, inside = [], [], [], []
     for axis in (0, 1):
-        at = origins[axis][:, None] + torch.arange(size[axis])
+        at = origins[axis][:, None] + torch.arange(size[axis], device=origins[axis].device)
         first, last = bounds[axis]
         outside.append((at < 0) | (at >= shape[1 + axis]))
         inside.append((at >= first[:, None]) & (at <= last[:, None]))
         clean.append((at * (shape[2], 1)[axis]).int())
         changed.append(((at - starts[axis][:, None]) * steps[axis]).int())
-    changed[0] += torch.arange(len(origins[0]), dtype=torch.int32)[:, None] * block + offset
+    number = torch.arange(len(origins[0]), dtype=torch.int32, device=origins[0].device)
+    changed[0] += number[:, None] * block + offset
     rows, cols = (lambda pair: pair[0][:, :, None]), (lambda pair: pair[1][:, None, :])
-    index = rows(clean) + cols(clean)
-    if any(out.any() for out in outside):
-        index = index.masked_fill(rows(outside) | cols(outside), beside)
+    index = (rows(clean) + cols(clean)).masked_fill(rows(outside) | cols(outside), beside)
     return torch.where(rows(inside) & cols(inside), rows(changed) + cols(changed), index)
 
 

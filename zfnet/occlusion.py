@@ -225,8 +225,8 @@ def _refined(measure: Callable[[Tensor], _Maps], grid: Grid, share: float, unocc
     def spread(values: Tensor, rows: Tensor, cols: Tensor) -> Tensor:
         """[coarse positions, ...] -> [positions, ...]."""
         rows, cols = (m.to(values.device, values.dtype) for m in (rows, cols))
-        block = values.view(len(row_nodes), len(col_nodes), -1)
-        return torch.einsum("ij,kl,jlc->ikc", rows, cols, block).reshape(-1, *values.shape[1:])
+        block = values.view(len(row_nodes), len(col_nodes), *values.shape[1:])
+        return torch.einsum("ij,kl,jl...->ik...", rows, cols, block).flatten(0, 1)
 
     nearest = [F.one_hot(m.argmax(1), m.shape[1]).double() for m in (by_row, by_col)]
     maps = _Maps(
@@ -291,7 +291,8 @@ def _check_scores(scores: Tensor, target: int | None) -> None:
 
 
 def _probabilities(graph: Graph, scores: Tensor) -> Tensor:
-    """Softmax, unless the network ends in one."""
+    """Softmax, unless the network ends in one; of half precision in float32."""
+    scores = scores.float() if scores.dtype in (torch.float16, torch.bfloat16) else scores
     return scores if graph.operations[graph.output].kind == "softmax" else scores.softmax(1)
 
 
