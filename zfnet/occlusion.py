@@ -45,6 +45,11 @@ class Grid:
             raise ValueError(f"stride_px={self.stride_px} was given; expected at least 1")
         if self.overhang not in ("leave", "clip"):
             raise ValueError(f"overhang={self.overhang!r} was given; expected 'leave' or 'clip'")
+        if self.overhang == "clip" and self.stride_px > min(self.occluder_px, self.width_px):
+            raise ValueError(
+                f"overhang='clip' was given with stride_px={self.stride_px}; a stride of at most the occluder's sides "
+                f"({self.occluder_px} and {self.width_px}) is expected, or its last position may lie outside the image"
+            )
 
     @classmethod
     def of(cls, input_px: int, occluder_px: int | None = None, stride_px: int | None = None) -> "Grid":

@@ -92,6 +92,8 @@ def test_a_rectangle_has_its_own_rows_and_columns():
     assert grid.positions()[-1].tolist() == [54, 24]
     with pytest.raises(ValueError, match="occluder_width_px=65 was given; expected 1 to 64"):
         Grid(64, 10, 6, occluder_width_px=65)
+    with pytest.raises(ValueError, match="stride_px=6; a stride of at most the occluder's sides"):
+        Grid(64, 10, 6, occluder_width_px=5, overhang="clip")
     with pytest.raises(ValueError, match="overhang='over'"):
         Grid(64, 10, 6, overhang="over")
 
@@ -132,7 +134,7 @@ def test_rectangles_and_clipped_ones_are_the_loop_over_positions(method, overhan
     model = zfnet_like(classes=4, input_px=96).double()
     clean, _ = image_and_fill(96)
     filled = blurred(clean.permute(1, 2, 0), 4.0).permute(2, 0, 1).double()  # a fill that differs from pixel to pixel
-    grid = Grid(96, height, 13, occluder_width_px=width, overhang=overhang)
+    grid = Grid(96, height, 9, occluder_width_px=width, overhang=overhang)
     got = sensitivity(trace(model, (3, 96, 96)), clean, filled, grid, method=method)
     strongest, maps, _ = slow_twin(model, model.relu5, clean, filled, grid, None)
     assert got.feature_map == strongest
@@ -201,6 +203,75 @@ def test_incremental_is_dense_on_branches(size):
         grid = Grid(size, occluder, stride)
         got = sensitivity(graph, clean, filled, grid)
         assert worst(got, sensitivity(graph, clean, filled, grid, method="dense")) <= 1e-12
+
+
+class Blocks(nn.Module):
+    """A stem, then blocks of two unlike branches that are added or concatenated."""
+
+    def __init__(self, blocks, classes=3):
+        super().__init__()
+        self.stem, maps = nn.Conv2d(2, 4, 3), 4
+        self.branches, self.joins = nn.ModuleList(), []
+        for kernels, stride, dilation, groups, join in blocks:
+            pair = [
+                nn.Conv2d(maps, 4, k, stride, dilation * (k // 2), dilation, groups if maps % groups == 0 else 1)
+                for k in kernels
+            ]
+            self.branches.append(nn.ModuleList(pair))
+            self.joins.append(join)
+            maps = 4 if join == "add" else 8
+        self.fc = nn.Linear(maps, classes)
+
+    def forward(self, x):
+        x = self.stem(x)
+        for (one, other), join in zip(self.branches, self.joins, strict=True):
+            a, b = one(x).relu(), other(x)
+            x = a + b if join == "add" else torch.cat([b, a], 1)
+        return self.fc(x.mean((2, 3)))
+
+
+odd = st.sampled_from([1, 3, 5])
+blocks = st.tuples(
+    st.tuples(odd, odd), st.integers(1, 2), st.integers(1, 2), st.integers(1, 2), st.sampled_from(["add", "cat"])
+)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    blocks=st.lists(blocks, min_size=1, max_size=4),
+    sides=st.tuples(st.integers(1, 12), st.integers(1, 12)),
+    stride=st.integers(2, 5),
+)
+def test_incremental_is_the_loop_on_random_branches(blocks, sides, stride):
+    torch.manual_seed(9)
+    model = Blocks(blocks).double().eval()
+    clean, filled = torch.randn(2, 2, 17, 17, dtype=torch.float64)
+    overhang = "clip" if stride <= min(sides) else "leave"
+    grid = Grid(17, sides[0], stride, occluder_width_px=sides[1], overhang=overhang)
+    got = sensitivity(trace(model, (2, 17, 17)), clean, filled, grid, memory_mb=0.2)
+    assert error(got.probability_map, probability_twin(model, clean, filled, grid, got.target)) <= 1e-12
+
+
+def probability_twin(model, clean, filled, grid, target):
+    """Fig. 7 (d), one position at a time."""
+    found = torch.zeros(grid.rows, grid.cols, dtype=torch.float64)
+    for i, j in itertools.product(range(grid.rows), range(grid.cols)):
+        top, left, image = i * grid.stride_px, j * grid.stride_px, clean.clone()
+        under = (slice(None), slice(top, top + grid.occluder_px), slice(left, left + grid.width_px))
+        image[under] = filled[under]
+        with torch.no_grad():
+            found[i, j] = model(image[None]).softmax(1)[0, target]
+    return found
+
+
+@pytest.mark.parametrize("name", ["alexnet", "vgg11", "resnet18", "squeezenet1_1", "googlenet", "densenet121"])
+def test_incremental_is_the_loop_on_torchvision_networks(name):
+    size = 96
+    model = torchvision_network(name, seed=4).double()
+    clean, filled = image_and_fill(size)
+    grid = Grid(size, 25, 20, occluder_width_px=33, overhang="clip")
+    got = sensitivity(trace(model, (3, size, size)), clean, filled, grid)
+    assert error(got.probability_map, probability_twin(model, clean, filled, grid, got.target)) <= 1e-12
 
 
 @settings(max_examples=60, deadline=None)
@@ -274,7 +345,7 @@ def test_multiply_adds_are_those_of_the_papers_network():
 
 @pytest.mark.parametrize("occluder", [(1, 1), (5, 2), (12, 30)])
 def test_every_position_is_in_one_group_whose_windows_hold_what_changes(occluder):
-    grid = Grid(64, occluder[0], 3, occluder_width_px=occluder[1], overhang="clip")
+    grid = Grid(64, occluder[0], 3, occluder_width_px=occluder[1])
     graph = trace(torchvision_network("squeezenet1_1", seed=0), (3, 64, 64))
     plan = Incremental(graph, grid.extents(), graph.activation_of(graph.last_convolution))
     places = torch.cartesian_prod(torch.arange(grid.rows), torch.arange(grid.cols))
