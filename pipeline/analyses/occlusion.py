@@ -131,6 +131,9 @@ OCCLUSION = pa.schema(
         ),
         tables.column("fill", pa.string(), "What the occluder shows: a grey 0 to 255, R,G,B, mean or blur."),
         tables.column("exact", pa.bool_(), "Whether every position was computed; false: interpolated in part."),
+        tables.column(
+            "dense_from", pa.string(), "First operation that was run whole, not in windows; the input where all were."
+        ),
         tables.LAYER,
         tables.FEATURE_MAP,
         tables.column(
@@ -280,6 +283,7 @@ def _describe(context: Context, picture: Picture, found: Sensitivity) -> dict[st
         "stride_px": found.grid.stride_px,
         "fill": context.config.fill,
         "exact": found.exact,
+        "dense_from": found.dense_from,
         "layer": found.layer,
         "feature_map": found.feature_map,
         "image_png": png(picture.pixels),

@@ -156,6 +156,7 @@ def write_occlusion(run: Run) -> None:
         "stride_px": stride,
         "fill": "124",
         "exact": True,
+        "dense_from": "pool5",
         "layer": "conv1",
         "feature_map": 0,
         "activation_map": np.arange(grid * grid, dtype=np.float32),
