@@ -41,7 +41,7 @@ def run_deconv(run, data, **config):
 
 def run_occlusion(run, data, **config):
     options = Options(run=str(run), data=str(data), workers=IN_PROCESS)
-    small = {"first": 3, "occluder_px": 24, "stride_px": 20, "part_size": 2}
+    small = {"first": 3, "occluder_px": ("24",), "stride_px": 20, "part_size": 2}
     return sweep.run(occlusion.ANALYSIS, options, occlusion.Config(**{**small, **config}))
 
 
