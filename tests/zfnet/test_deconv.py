@@ -338,7 +338,7 @@ def test_nothing_depends_on_the_company_a_cell_is_in(zfnet):
     assert torch.equal(project(kept, "conv3", cells).pixels, together)
     alone = torch.cat([project(kept, "conv3", Cells(*(c[i : i + 1] for c in cells))).pixels for i in range(16)])
     assert error(alone, together) <= 1e-5
-    assert error(project(kept, "conv3", cells, window_batch=5).pixels, together) <= 1e-5
+    assert error(project(kept, "conv3", cells, window_bytes=40 * 2**20).pixels, together) <= 1e-5
 
 
 def test_no_cells_give_no_projections(zfnet):
