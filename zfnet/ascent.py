@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zfnet.descent import Semantics
-from zfnet.graph import Graph, Operation, Pair, average_counts
+from zfnet.graph import Graph, Operation, Pair, Window
 from zfnet.receptive import ReceptiveField, beneath
 from zfnet.windows import Windows
 
@@ -27,6 +27,7 @@ def run_whole(
     """Run images [N, channels, rows, cols] forward: the outputs of the targets, and what was kept of whole maps."""
     kept: Keep = {}
     instead = {name: _keeping(graph.operations[name], semantics, kept) for name in graph.ancestors(targets)}
+    images = images.contiguous(memory_format=torch.channels_last)  # a third faster on a CPU
     return graph.run(images, set(targets), {name: run for name, run in instead.items() if run}), kept
 
 
@@ -66,15 +67,27 @@ def _pool_with_switches(op: Operation, x: Tensor, padding: Pair, ceil: bool) -> 
     assert op.window is not None
     window = op.window
     y, index = F.max_pool2d(x, window.kernel, window.stride, padding, window.dilation, ceil, return_indices=True)
+    cell_of, position_of = _codes(window, (x.shape[-2], x.shape[-1]), x.device)
     rows = torch.arange(y.shape[-2], device=x.device)[:, None] * window.stride[0] - padding[0]
     cols = torch.arange(y.shape[-1], device=x.device) * window.stride[1] - padding[1]
-    row = index.div(x.shape[-1], rounding_mode="floor")
-    down = (row - rows) // window.dilation[0]
-    right = (index - row * x.shape[-1] - cols) // window.dilation[1]
-    positions = window.kernel[0] * window.kernel[1]
-    switches = down.mul_(window.kernel[1]).add_(right)
-    kind = torch.uint8 if positions < 256 else torch.int32
-    return y, switches.to(kind, memory_format=torch.channels_last)
+    begins = (rows * window.span[1] + cols)[:, :, None]
+    index = index.permute(0, 2, 3, 1)
+    further = cell_of.index_select(0, index.flatten()).view(index.shape).sub_(begins)
+    return y, position_of.index_select(0, further.flatten()).view(index.shape).permute(0, 3, 1, 2)
+
+
+def _codes(window: Window, size: Pair, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Divisions by table, which is much faster: in steps of a grid as wide as the window spans,
+
+    cell of the flat map -> its place, and how far a cell lies beyond its window's first -> position in the kernel.
+    """
+    row, col = torch.arange(size[0], device=device)[:, None], torch.arange(size[1], device=device)
+    down, right = (torch.arange(k, device=device) * d for k, d in zip(window.kernel, window.dilation, strict=True))
+    count = window.kernel[0] * window.kernel[1]
+    kind = torch.uint8 if count < 256 else torch.int32
+    position_of = torch.zeros(window.span[0] * window.span[1], dtype=kind, device=device)
+    position_of[(down[:, None] * window.span[1] + right).flatten()] = torch.arange(count, device=device).to(kind)
+    return (row * window.span[1] + col).flatten(), position_of
 
 
 def run_windows(
@@ -105,7 +118,10 @@ def run_windows(
 
 
 class _Ascent:
-    """The windows of a few cells of one layer on their way up; always zero beside the map."""
+    """The windows of a few cells of one layer on their way up.
+
+    What a window holds beside the map is cleared by the operation that would mix it into cells of the map.
+    """
 
     def __init__(self, graph: Graph, plan: Mapping[str, ReceptiveField], windows: Windows, semantics: Semantics):
         self.graph, self.plan, self.windows, self.semantics = graph, plan, windows, semantics
@@ -120,21 +136,18 @@ class _Ascent:
             y = self._compute(op, read)
             if _needed(op, self.semantics):
                 self.kept[op.name] = _kept_of(op, read[0], y)
-        if len(op.shape) != 3:
-            return y
-        return self.windows.clear_beside_(y, self.plan[op.name], (op.shape[1], op.shape[2]))
+        return y
 
     def _read(self, op: Operation, source: str, x: Tensor) -> Tensor:
         """Of an input's planned window the part that the operation's planned window is computed from."""
-        if op.window is None:
-            return self.windows.move(x, self.plan[source], self.plan[op.name]) if op.pointwise else x
-        field = beneath(self.plan[op.name], op.window)
+        if op.window is None and not op.pointwise:
+            return x
+        field = self.plan[op.name] if op.window is None else beneath(self.plan[op.name], op.window)
         x = self.windows.move(x, self.plan[source], field)
-        if op.kind == "maxpool":
-            _, rows, cols = self.graph.operations[source].shape
-            beside = self.windows.beside(field, (rows, cols))
-            return x if beside is None else x.masked_fill(beside, float("-inf"))
-        return x
+        if op.window is None and op.kind != "normalisation":
+            return x
+        _, rows, cols = self.graph.operations[source].shape
+        return self.windows.clear_beside_(x, field, (rows, cols), float("-inf") if op.kind == "maxpool" else 0)
 
     def _compute(self, op: Operation, read: list[Tensor]) -> Tensor:
         """As the module does, but for the padding, which is in the windows."""
@@ -147,8 +160,4 @@ class _Ascent:
             conv = op.module
             return F.conv2d(read[0], conv.weight, conv.bias, window.stride, 0, window.dilation, conv.groups)
         total = F.avg_pool2d(read[0], window.kernel, window.stride, divisor_override=1)
-        for axis, count in enumerate(average_counts(op, self.graph.operations[op.inputs[0]].shape)):
-            index = self.windows.lines(self.plan[op.name], axis).clamp(0, len(count) - 1)
-            share = count.to(total.device, total.dtype)[index]
-            total = total / (share[:, None, :, None] if axis == 0 else share[:, None, None, :])
-        return total
+        return total / self.windows.divisors(op, self.plan[op.name], self.graph.operations[op.inputs[0]].shape, total)

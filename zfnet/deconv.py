@@ -136,7 +136,7 @@ def project_images(
     Memory is that of the images' forward pass and `window_bytes`, as in `project`, and does not grow with the cells.
     Raises as `record` and `project` do.
     """
-    semantics = semantics or Semantics()
+    semantics, images = semantics or Semantics(), images.contiguous(memory_format=torch.channels_last)
     routes = {layer: _Route.of(graph, layer, semantics) for layer in cells}
     cells = {
         layer: _checked(some, (len(images), *_map_shape(graph, routes[layer].target)), layer, images.device)

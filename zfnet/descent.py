@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from zfnet.graph import Graph, Operation, Pair, Window, average_counts
+from zfnet.graph import Graph, Operation, Pair, Window
 from zfnet.receptive import ReceptiveField, beneath
 from zfnet.windows import Windows
 
@@ -220,11 +220,7 @@ def _unpad(descent: Descent, op: Operation, signal: Tensor, field: ReceptiveFiel
 def _spread(descent: Descent, op: Operation, signal: Tensor, field: ReceptiveField) -> Iterator[Contribution]:
     """Average pooling: every cell of a window gets the same share; overlapping windows add up."""
     assert op.window is not None
-    counts = average_counts(op, descent.graph.operations[op.inputs[0]].shape)
-    for axis, count in enumerate(counts):
-        index = descent.windows.lines(field, axis).clamp(0, len(count) - 1)
-        share = count.to(signal.device, signal.dtype)[index]
-        signal = signal / (share[:, None, :, None] if axis == 0 else share[:, None, None, :])
+    signal = signal / descent.windows.divisors(op, field, descent.graph.operations[op.inputs[0]].shape, signal)
     ones = signal.new_ones(1, 1, *op.window.kernel)
     spread = F.conv_transpose2d(signal.flatten(0, 1)[:, None], ones, stride=op.window.stride)
     spread, below = spread.view(*signal.shape[:2], *spread.shape[2:]), beneath(field, op.window)

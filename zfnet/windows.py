@@ -5,6 +5,7 @@ of one layer's cells at once, on any device, and keeps the feature maps innermos
 how the windows are cut fastest.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -12,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from zfnet.graph import Pair
+from zfnet.graph import Operation, Pair, average_counts
 from zfnet.receptive import ReceptiveField
 
 
@@ -39,10 +40,19 @@ class Windows:
         """[M, 1, height, width]: which cells of the windows are not on the map; None where all of them are."""
         return _outside(self.lines(field, 0), self.lines(field, 1), map_size)
 
-    def clear_beside_(self, values: Tensor, field: ReceptiveField, map_size: Pair) -> Tensor:
-        """Zero, in place, what of the windows lies beside the map."""
+    def clear_beside_(self, values: Tensor, field: ReceptiveField, map_size: Pair, value: float = 0) -> Tensor:
+        """Fill, in place, what of the windows lies beside the map."""
         beside = self.beside(field, map_size)
-        return values if beside is None else values.masked_fill_(beside, 0)
+        return values if beside is None else values.masked_fill_(beside, value)
+
+    def divisors(self, op: Operation, field: ReceptiveField, map_shape: Sequence[int], like: Tensor) -> Tensor:
+        """[M, 1, height, width]: what an average pool divides by in the windows of its output."""
+        counts = average_counts(op, map_shape)
+        rows, cols = (
+            count.to(like.device, like.dtype)[self.lines(field, axis).clamp(0, len(count) - 1)]
+            for axis, count in enumerate(counts)
+        )
+        return (rows[:, :, None] * cols[:, None, :])[:, None]
 
     def cut(self, maps: Tensor, field: ReceptiveField, fill: float = 0) -> Tensor:
         """Windows [M, C, height, width] of the whole maps [N, C, rows, cols] of the images; `fill` beside the map."""
@@ -66,7 +76,7 @@ class Windows:
 def _gather(maps: Tensor, index: Tensor, rows: Tensor, cols: Tensor, fill: float) -> Tensor:
     """[M, C, height, width]: of maps[index[m]] the rows[m] and cols[m]; `fill` where there are none."""
     inside = rows.clamp(0, maps.shape[2] - 1)[:, :, None], cols.clamp(0, maps.shape[3] - 1)[:, None, :]
-    windows = maps.permute(0, 2, 3, 1)[(index[:, None, None], *inside)].permute(0, 3, 1, 2)
+    windows = maps.permute(0, 2, 3, 1)[(index[:, None, None], *inside)].contiguous().permute(0, 3, 1, 2)
     outside = _outside(rows, cols, (maps.shape[2], maps.shape[3]))
     return windows if outside is None else windows.masked_fill_(outside, fill)
 
