@@ -25,8 +25,8 @@ from zfnet.receptive import ReceptiveField, fields_beneath, receptive_field, who
 from zfnet.windows import Windows
 
 __all__ = [
-    "WINDOW_BYTES", "Cells", "Projected", "Projections", "Record", "Semantics", "Unprojectable", "project",
-    "project_images", "record",
+    "WINDOW_BYTES", "Cells", "Projected", "Projections", "Record", "Semantics", "Unprojectable", "multiply_adds",
+    "project", "project_images", "record",
 ]  # fmt: skip
 
 WINDOW_BYTES = 64 * 2**20
@@ -161,6 +161,20 @@ def project_images(
             chosen = Cells(*(column[index[some]] for column in cells[layer]))
             activation, pixels = route.up_and_down(images, chosen)
             yield route.projected(layer, index[some], activation, pixels, chosen)
+
+
+def multiply_adds(
+    graph: Graph, images: int, cells: Mapping[str, Cells], semantics: Semantics | None = None
+) -> tuple[int, int]:
+    """What `project_images` does, counted: multiply-adds of all forward passes, and of all ways down."""
+    routes = {layer: _Route.of(graph, layer, semantics or Semantics()) for layer in cells}
+    down = {layer: route.multiply_adds * len(cells[layer].image) for layer, route in routes.items()}
+    groups, alone = _grouped(graph, routes, cells, images)
+    up = sum(routes[layer].multiply_adds * int(alone[some.image].sum()) for layer, some in cells.items())
+    for needed, members in groups:
+        names = graph.ancestors([routes[layer].target for layer in needed])
+        up += len(members) * sum(_multiply_adds(graph.operations[name]) for name in names)
+    return up, sum(down.values())
 
 
 # --- what is run ------------------------------------------------------------------------------------------------------
