@@ -93,8 +93,7 @@ def main() -> None:
         "ours_ms_a_cell": round(1e3 * seconds / sum(report["cells_clocked"].values()), 3),
         "multiply_adds": {"forward": up, "down": down, "peer": peer_work},
         "limit": round(peer_work / (up + down), 2),
-        "max_rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        // (1024 if sys.platform != "darwin" else 2**20),
+        "max_rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
         "error": _error(graph, batch, peers, {layer: _some(cells, 12) for layer, cells in peer_cells.items()}),
     }
     for name, value in report.items():

@@ -402,6 +402,15 @@ def test_captum_agrees_on_torchvision_networks(name, size, layers):
         assert captum_error(model, images, layer) <= 1e-12, layer
 
 
+@settings(max_examples=25, deadline=None)
+@given(chain=chains(pools=("max", "average")), seed=st.integers(0, 99))
+@pytest.mark.filterwarnings("ignore")
+def test_captum_agrees_on_random_chains(chain, seed):
+    model, shape = chain
+    images = torch.randn(1, *shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    assert captum_error(model, images, trace(model, shape).output) <= 1e-12
+
+
 @pytest.mark.filterwarnings("ignore")
 def test_guided_agrees_with_captums_guided_backpropagation():
     torch.manual_seed(4)
@@ -457,6 +466,59 @@ def test_branches_sum_their_windows(layer, relu):
     model = Branches().eval().double()
     images = torch.randn(2, 3, 37, 61, dtype=torch.float64)
     assert gradient_error(model, images, layer, rectify=relu == "deconvnet", relu=relu) <= 1e-12
+
+
+class Forks(nn.Module):
+    """A stem, then forks: two filterings side by side that are added up or concatenated, with or without a skip.
+
+    Small integers, so that what is equal is equal in any order of summation.
+    """
+
+    def __init__(self, maps: int, forks: list[dict], generator: torch.Generator):
+        super().__init__()
+        self.stem = nn.Conv2d(2, maps, 3, stride=2, padding=1)
+        self.forks, self.layers = forks, nn.ModuleList()
+        for fork in forks:
+            branches = [nn.Conv2d(maps, maps, k, padding="same", dilation=d, groups=g) for k, d, g in fork["branches"]]
+            pool = nn.MaxPool2d(3, fork["stride"], 1, ceil_mode=fork["ceil"])
+            joined = nn.Conv2d(maps * (len(branches) if fork["cat"] else 1), maps, 1)
+            self.layers.append(nn.ModuleList([nn.ModuleList(branches), pool, joined]))
+        self.last = nn.Conv2d(maps, 2, 1)
+        for parameter in self.parameters():
+            parameter.data = torch.randint(-2, 3, parameter.shape, generator=generator).double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.stem(x))
+        for fork, (branches, pool, joined) in zip(self.forks, self.layers, strict=True):
+            sides = [branch(x).relu() for branch in branches]
+            y = torch.cat(sides, 1) if fork["cat"] else sides[0] + sides[1]
+            y = joined(y)
+            x = pool(F.relu(x + y if fork["skip"] else y))
+        return F.relu(self.last(x))
+
+
+@st.composite
+def forked(draw) -> tuple[nn.Module, tuple[int, int, int]]:
+    branch = st.tuples(st.integers(1, 4), st.integers(1, 2), st.sampled_from([1, 2]))
+    flags = {name: st.booleans() for name in ("ceil", "cat", "skip")}
+    fork = st.fixed_dictionaries({"branches": st.tuples(branch, branch), "stride": st.integers(1, 2), **flags})
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    shape = (2, draw(st.integers(7, 30)), draw(st.integers(7, 30)))
+    return Forks(4, draw(st.lists(fork, min_size=1, max_size=3)), generator).double().eval(), shape
+
+
+@settings(max_examples=30, deadline=None)
+@given(forks=forked(), seed=st.integers(0, 99))
+@pytest.mark.filterwarnings("ignore")
+def test_random_branches_sum_their_windows(forks, seed):
+    model, shape = forks
+    images = torch.randint(-2, 3, (2, *shape), generator=torch.Generator().manual_seed(seed)).double()
+    graph = trace(model, shape)
+    assert gradient_error(model, images, graph.output, rectify=True) == 0
+    cells = some_cells(record(graph, images, [graph.output]).activation(graph.output), 2, seed)
+    whole, windows = whole_and_in_windows(graph, images, graph.output, cells)
+    for got, expected in zip(windows, whole, strict=True):
+        assert torch.equal(got, expected)
 
 
 def test_functional_relus_of_googlenet_rectify_too():
