@@ -137,6 +137,8 @@ def project_images(
     Raises as `record` and `project` do.
     """
     semantics, images = semantics or Semantics(), images.contiguous(memory_format=torch.channels_last)
+    if not cells:
+        return
     routes = {layer: _Route.of(graph, layer, semantics) for layer in cells}
     cells = {
         layer: _checked(some, (len(images), *_map_shape(graph, routes[layer].target)), layer, images.device)

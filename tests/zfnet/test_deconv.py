@@ -628,6 +628,9 @@ def test_memory_is_set_by_its_option_and_not_by_the_cells(layer, budgets):
 def test_no_cells_give_no_projections(zfnet):
     pixels, top, left = project(zfnet[2], "conv1", Cells(*torch.zeros(4, 0, dtype=torch.long)))
     assert (pixels.shape, len(top), len(left)) == ((0, 3, 7, 7), 0, 0)
+    graph, images, _ = zfnet
+    assert list(project_images(graph, images, {})) == []
+    assert list(project_images(graph, images, {"conv1": Cells(*torch.zeros(4, 0, dtype=torch.long))})) == []
 
 
 def test_a_cell_that_does_not_fire_projects_to_nothing(zfnet):
