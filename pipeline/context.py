@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -11,7 +10,7 @@ import pyarrow as pa
 from torch import Tensor
 
 from pipeline.cluster import Workers
-from pipeline.runs import Model, Run, RunError
+from pipeline.runs import Model, Run, RunError, require_name
 from pipeline.shards import Index, Sample, Skipped
 from pipeline.sources.default import DEFAULT
 from pipeline.storage import Location
@@ -48,8 +47,7 @@ class Options:
             raise RunError(f"--max-skipped is {self.max_skipped}: give a share from 0 to 1")
         if self.attempts < 1:
             raise RunError(f"--attempts is {self.attempts}: give at least 1")
-        if self.name is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", self.name):
-            raise RunError(f"--name is {self.name!r}: give letters, digits, '.', '_' and '-', a letter or digit first")
+        require_name(self.name)
 
     def resolved(self) -> Options:
         """The same with absolute paths: a worker's current folder is not the driver's."""

@@ -45,13 +45,13 @@ def run(analysis: Analysis, options: Options, config: Any) -> int:
         say(f"{context.table}: finished in {time.time() - started:.1f} s: {context.run.results(context.table)}")
     else:
         say(f"{context.table}: {_listed(list(wanted))} finished already, in {context.run.results(context.table)}")
-    clear_finished(context)
+    clear_finished(context, analysis)
     return _status(context, list(wanted), options.max_skipped)
 
 
 def _missing(analysis: Analysis, context: Context, wanted: dict[str, dict[str, Any]]) -> list[str]:
     """Slices that are not finished in each of the analysis's tables."""
-    missing = [context.run.missing(context.named(table), wanted) for table in analysis.tables]
+    missing = [context.run.missing(context.named(table), wanted) for table in analysis.written(context)]
     return sorted({slice_ for some in missing for slice_ in some})
 
 
@@ -117,7 +117,8 @@ def _fold(analysis: Analysis, options: Options, work: Work, slices: list[str], s
     finished = []
     for file in analysis.fold(context, [work.part(number) for number in range(len(work.parts))], slices):
         table = context.named(file.table)
-        context.run.missing(table, {file.slice: work.fingerprints[file.slice]})  # refuses what another run finished
+        if not context.run.missing(table, {file.slice: work.fingerprints[file.slice]}):
+            continue  # finished before: by this job, and a further table was asked for, or by another one meanwhile
         location = context.run.slice(table, file.slice)
         rows = tables.write_stream(file.pieces, file.schema, location, work.staging)
         if table == context.table:

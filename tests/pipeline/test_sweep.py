@@ -319,6 +319,8 @@ def test_a_finished_slice_is_never_rewritten(make_run, make_shards, capsys):
         "feature_maps",
         "feature_maps-five",
         "manifests",
+        "maxima",
+        "maxima-five",
         "skipped",
         "top9",
         "top9-five",
@@ -611,7 +613,7 @@ def test_a_crash_between_two_manifests_costs_no_part(make_run, make_shards, tmp_
 def test_what_a_crash_left_of_finished_work_is_cleared(make_run, make_shards, monkeypatch):
     data, run = make_shards(val=[5]), make_run()
     with monkeypatch.context() as patch:
-        patch.setattr(sweep, "clear_finished", lambda context: None)
+        patch.setattr(sweep, "clear_finished", lambda context, analysis: None)
         run_top9(run, data)
     assert list((run / "unfinished" / "top9").iterdir())
     assert run_top9(run, data) == 0
