@@ -115,10 +115,12 @@ class Rates:
 
     @property
     def limit(self) -> float:
+        """Images per second of threads that do nothing but decode and run the network."""
         return 1 / (1 / self.decode + 1 / self.forward)
 
     @property
     def share(self) -> float:
+        """The sweep's, of the limit."""
         return self.sweep / self.limit
 
 
