@@ -38,6 +38,10 @@ def _no_sources(context: Context, slice_: str) -> dict[str, Any]:
     return {}
 
 
+def _no_further(context: Context) -> tuple[str, ...]:
+    return ()
+
+
 def _as_given(context: Context) -> Any:
     return context.config
 
@@ -53,7 +57,9 @@ class Analysis:
     table: str
     """Name of the analysis and of its main table."""
     tables: tuple[str, ...]
-    """All tables that the fold writes; a slice is finished when it is finished in each."""
+    """The tables that the fold writes; a slice is finished when it is finished in each."""
+    further: Callable[[Context], tuple[str, ...]] = _no_further
+    """Tables that it writes as well under this configuration."""
     module: str
     """Module that holds this record as ANALYSIS, for the actors."""
     part_schema: Callable[[Any], pa.Schema]
@@ -76,8 +82,14 @@ class Analysis:
     """The results of all batches of a part, in order -> its rows."""
     fold: Callable[[Context, list[Location], list[str]], Iterator[Finished]]
     """Parts in order, slices -> the finished files."""
+    forwards: Callable[[Context], int] = lambda context: 1
+    """How many times a sample goes through the network, altered copies counted, for --plan."""
     expected_rows: Callable[[Context, str, set[str]], int | None] = lambda context, slice_, skipped: None
     """Slice and skipped keys -> how many rows it must have, where that is known beforehand."""
+
+    def written(self, context: Context) -> tuple[str, ...]:
+        """All tables that the fold writes."""
+        return (*self.tables, *self.further(context))
 
 
 def fold_tree(states: Iterator[T], merge: Callable[[list[T]], T], fan_in: int = FAN_IN) -> T:

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-import re
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 import pyarrow as pa
 from torch import Tensor
 
 from pipeline.cluster import Workers
-from pipeline.runs import Model, Run, RunError
+from pipeline.runs import Model, Run, RunError, require_name
 from pipeline.shards import Index, Sample, Skipped
 from pipeline.sources.default import DEFAULT
 from pipeline.storage import Location
@@ -36,6 +35,11 @@ class Options:
     """Write to results/TABLE-NAME instead of results/TABLE; letters, digits, '.', '_' and '-'."""
     address: str | None = None
     """Ray cluster to join; default the one of `ray job submit`, else an own one."""
+    decode: Literal["full", "scaled"] = "full"
+    """scaled: JPEGs are decoded at 1/2, 1/4 or 1/8 where that is not below the resized image. Other pixels: another
+    data_id, and all tables that are to be joined must be made so."""
+    plan: bool = False
+    """Print forwards, hours, storage and parts, forecast from one part that is computed here, and do nothing else."""
     max_skipped: float = 0.01
     """Largest share of samples that may be skipped; above it the job ends with exit status 3."""
     attempts: int = 3
@@ -48,8 +52,7 @@ class Options:
             raise RunError(f"--max-skipped is {self.max_skipped}: give a share from 0 to 1")
         if self.attempts < 1:
             raise RunError(f"--attempts is {self.attempts}: give at least 1")
-        if self.name is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", self.name):
-            raise RunError(f"--name is {self.name!r}: give letters, digits, '.', '_' and '-', a letter or digit first")
+        require_name(self.name)
 
     def resolved(self) -> Options:
         """The same with absolute paths: a worker's current folder is not the driver's."""
@@ -92,6 +95,7 @@ class Context:
     name: str | None
     """Of --name."""
     device: str = "cpu"
+    decode: Literal["full", "scaled"] = "full"
 
     @property
     def table(self) -> str:
@@ -114,7 +118,9 @@ class Context:
             selects: fields of the configuration that only choose slices.
         """
         config = {name: value for name, value in asdict(self.config).items() if name not in selects}
-        decided: dict[str, Any] = json.loads(json.dumps({**config, "split": self.split, **self.identity}))
+        decided: dict[str, Any] = json.loads(
+            json.dumps({**config, "split": self.split, "decode": self.decode, **self.identity})
+        )
         return decided
 
 
@@ -127,22 +133,23 @@ def open_context(options: Options, config: Any, analysis: str, device: str) -> C
         model.network.to(device)
     size = model.preprocessing.crop_px
     graph = trace(model.network, (3, size, size))
-    data_id = index.data_id(options.split)
-    return Context(run, model, graph, index, options.split, data_id, config, analysis, options.name, device)
+    data_id = index.data_id(options.split) + ("" if options.decode == "full" else f"-{options.decode}")
+    return Context(
+        run, model, graph, index, options.split, data_id, config, analysis, options.name, device, options.decode
+    )
 
 
 def read_pictures(context: Context, rows: pa.Table) -> tuple[list[Picture], list[Skipped]]:
     """Decode the samples of these rows; each is a picture or skipped."""
     pictures: list[Picture] = []
     skipped: list[Skipped] = []
-    preprocessing = context.model.preprocessing
+    size = context.model.preprocessing.resize_px, context.model.preprocessing.crop_px
     for number, sample in zip(rows["number"].to_pylist(), context.index.read(rows), strict=True):
         if isinstance(sample, Skipped):
             skipped.append(sample)
             continue
         try:
-            image = images.decode(sample.image)
-            pixels, crop = images.centre_crop(image, preprocessing.resize_px, preprocessing.crop_px)
+            pixels, crop = images.input_pixels(sample.image, *size, scaled=context.decode == "scaled")
         except images.BadImage as error:
             skipped.append(Skipped(sample.shard, sample.key, error.reason, error.detail))
             continue

@@ -205,6 +205,12 @@ def require_visible(token: str) -> None:
         )
 
 
+def require_name(name: str | None) -> None:
+    """What --name may be. Raises: RunError."""
+    if name is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
+        raise RunError(f"--name is {name!r}: give letters, digits, '.', '_' and '-', a letter or digit first")
+
+
 def file_stem(name: str) -> str:
     """A file name (without its end) that stands for any text: the same one always, and none twice.
 

@@ -1,8 +1,8 @@
 """Work under way on storage: which parts, what is committed of them, and who tried how often.
 
 What decides the content of the work is one record: for each slice its fingerprint (configuration, network, images,
-source tables), and the samples. Its hash is the folder's name, every part repeats which samples it holds, and the fold
-checks it: parts of other work can never be taken for ours.
+source tables), the samples, and the columns of a part. Its hash is the folder's name, every part repeats which samples
+it holds, and the fold checks it: parts of other work can never be taken for ours.
 """
 
 from __future__ import annotations
@@ -47,11 +47,12 @@ class Work:
         samples = analysis.samples(context, sorted(slices))
         if samples.num_rows == 0:
             raise RunError(f"there is no image to make {context.table} of: choose others, or another --split")
-        decides = json.dumps([fingerprints, digest(samples)], sort_keys=True)
+        part_schema = analysis.part_schema(context.config)
+        decides = json.dumps([fingerprints, digest(samples), part_schema.names], sort_keys=True)
         name = hashlib.sha256(decides.encode()).hexdigest()[:12]
         parts = cut(samples, context.config.part_size)
         location = context.run.unfinished(context.table) / name
-        return cls(context, location, fingerprints, parts, analysis.part_schema(context.config))
+        return cls(context, location, fingerprints, parts, part_schema)
 
     @property
     def slices(self) -> list[str]:
@@ -166,15 +167,15 @@ def begun(context: Context, analysis: Analysis, missing: list[str]) -> list[str]
     """
     for known in _works(context).values():
         alike = all(fingerprint(context, analysis, slice_) == made for slice_, made in known.items())
-        if alike and sorted(_unfinished(context, analysis.tables, known)) == sorted(missing):
+        if alike and sorted(_unfinished(context, analysis.written(context), known)) == sorted(missing):
             return sorted(known)
     return None
 
 
-def clear_finished(context: Context) -> None:
+def clear_finished(context: Context, analysis: Analysis) -> None:
     """Delete the work whose slices are all finished, and what a crash left of such."""
     for name, known in _works(context).items():
-        if not _unfinished(context, (context.table,), known):
+        if not _unfinished(context, analysis.written(context), known):
             (context.run.unfinished(context.table) / name).delete()
     folder = context.run.unfinished(context.table)
     if folder.exists() and not folder.names():

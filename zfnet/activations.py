@@ -10,6 +10,7 @@ Samples are integers whose order is the order of their keys; -1 never occurs, `N
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -20,6 +21,9 @@ from torch import Tensor
 
 NONE = np.iinfo(np.int64).max
 """Sample number of an empty place of a TopK; sorts last."""
+
+_CACHE_BYTES = 2**19
+"""Of a core's cache: activations that are reduced together on a CPU."""
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float32]
@@ -40,15 +44,34 @@ class NotFinite(ValueError):
         self.feature_map = feature_map
 
 
-class Strongest(NamedTuple):
-    """The strongest cell of every feature map of every image of a batch, and what its statistics need."""
+@dataclass(frozen=True, eq=False)
+class Strongest:
+    """The strongest cell of every feature map of every image, and what the statistics need besides."""
 
     value: Floats  # [N, C] activation
-    row: Ints  # [N, C]
-    col: Ints  # [N, C]
-    total: npt.NDArray[np.float64]  # [N, C] sum over the map's cells
-    active: Ints  # [N, C] cells above zero
-    cells: int  # cells of a map
+    position: npt.NDArray[np.int32]  # [N, C] row * columns + col
+    total: npt.NDArray[np.float64]  # [C] sum over all cells of all images
+    active: Ints  # [C] cells above zero, of all images
+    shape: tuple[int, int]  # rows and columns of a map
+
+    @property
+    def cells(self) -> int:
+        """Cells of a map."""
+        return self.shape[0] * self.shape[1]
+
+    @classmethod
+    def join(cls, batches: list[Strongest]) -> Strongest:
+        """All images of several batches of one layer, in the order given."""
+        total = batches[0].total.copy()
+        for batch in batches[1:]:
+            total += batch.total
+        return cls(
+            value=np.concatenate([batch.value for batch in batches]),
+            position=np.concatenate([batch.position for batch in batches]),
+            total=total,
+            active=np.sum([batch.active for batch in batches], axis=0),
+            shape=batches[0].shape,
+        )
 
 
 def strongest(activation: Tensor) -> Strongest:
@@ -61,22 +84,52 @@ def strongest(activation: Tensor) -> Strongest:
     """
     if activation.dim() == 2:
         activation = activation[:, :, None, None]
-    width = activation.shape[-1]
-    flat = activation.flatten(2)
-    total = flat.sum(-1, dtype=torch.float64)
-    if not bool(torch.isfinite(total).all()):
-        index, feature_map = (int(v) for v in (~torch.isfinite(total)).nonzero()[0])
-        raise NotFinite(index, feature_map)
-    value, position = flat.max(-1)  # documented: the first of equal maxima
-    place: Ints = position.cpu().numpy()
-    return Strongest(
+    images, channels, rows, columns = activation.shape
+    # On a CPU all four reductions of a few maps are done while these are in the cache; a GPU takes all at once.
+    on_cpu = activation.device.type == "cpu"
+    together = max(1, _CACHE_BYTES // (4 * rows * columns)) if on_cpu else images * channels
+    above = torch.empty(min(together, images * channels), rows * columns, device=activation.device)
+    pieces = [_reduce(piece, above[: len(piece)]) for piece in _maps(activation, together)]
+    value, position, total, active = (torch.cat(column).view(images, channels) for column in zip(*pieces, strict=True))
+    found = Strongest(
         value=value.to(torch.float32).cpu().numpy(),
-        row=place // width,
-        col=place % width,
-        total=total.cpu().numpy(),
-        active=(flat > 0).sum(-1).cpu().numpy(),
-        cells=flat.shape[-1],
+        position=position.to(torch.int32).cpu().numpy(),
+        total=total.sum(0).cpu().numpy(),
+        active=active.sum(0, dtype=torch.float64).to(torch.int64).cpu().numpy(),
+        shape=(rows, columns),
     )
+    if not np.isfinite(found.total).all():
+        broken = (~torch.isfinite(activation)).flatten(2).any(-1).nonzero()
+        if len(broken):
+            raise NotFinite(*(int(v) for v in broken[0]))
+    return found
+
+
+def _maps(activation: Tensor, together: int) -> Iterator[Tensor]:
+    """All maps, so many at a time, each of them contiguous; a piece is good until the next one is asked for."""
+    if activation.is_contiguous() or activation.device.type != "cpu":
+        yield from activation.flatten(0, 1).split(together)
+        return
+    # Channels lie innermost, as in a convolution of such an image: turned one image at a time, in room that stays.
+    image = torch.empty(activation.shape[1:], dtype=activation.dtype)
+    for turned in activation:
+        yield from image.copy_(turned).split(together)
+
+
+def _reduce(maps: Tensor, above: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Of maps [M, H, W]: maximum, its first place, sum, and number of the cells above zero, each [M].
+
+    `above` is room for a float32 of every cell, [M, H * W].
+    """
+    flat = maps.flatten(1)
+    if flat.device.type == "cpu":  # torch's argmax is scalar code there, NumPy's is not: four times faster
+        position = torch.from_numpy(flat.numpy().argmax(-1))
+        value = flat.gather(-1, position[:, None])[:, 0]
+    else:
+        value, position = flat.max(-1)  # documented: the first of equal maxima
+    total = maps.sum(-1).sum(-1, dtype=torch.float64)  # float32 within a row of a map only
+    # Ones as floats add up much faster than booleans do, and exactly: a map has fewer than 2^24 cells.
+    return value, position, total, torch.gt(flat, 0, out=above).sum(-1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,9 +151,14 @@ class TopK:
 
     @classmethod
     def of(cls, found: Strongest, samples: Ints, k: int) -> TopK:
-        """The state of one batch. `samples` [N] are the numbers of its images."""
-        every = np.broadcast_to(samples, found.value.T.shape)
-        return _best(TopK(found.value.T, every, found.row.T, found.col.T), k)
+        """The state of some images. `samples` [N] are their numbers, each once."""
+        value = np.ascontiguousarray(found.value.T)
+        images = value.shape[1]
+        threshold = np.partition(value, images - k, axis=1)[:, images - k] if images > k else np.float32(-np.inf)
+        feature_map, image = _candidates(value, threshold)
+        row, col = np.divmod(found.position[image, feature_map].astype(np.int64), found.shape[1])
+        entries = _Entries(feature_map, value[feature_map, image], samples[image], row, col)
+        return _best(entries, len(value), k)
 
     @classmethod
     def merge(cls, states: list[TopK]) -> TopK:
@@ -110,39 +168,70 @@ class TopK:
         """
         if len({state.k for state in states}) != 1:
             raise ValueError(f"given states of k = {[s.k for s in states]}: merge one or more states of one k")
-        columns = ("activation", "sample", "row", "col")
-        joined = TopK(*(np.concatenate([getattr(s, name) for s in states], axis=1) for name in columns))
-        return _best(joined, states[0].k)
+        activation, sample, row, col = (
+            np.concatenate([getattr(state, name) for state in states], axis=1)
+            for name in ("activation", "sample", "row", "col")
+        )
+        # What is weaker than any state's last place has k better ones before it: few entries are left to be sorted.
+        threshold = np.max([state.activation[:, -1] for state in states], axis=0)
+        places = _candidates(activation, threshold)
+        entries = _Entries(places[0], activation[places], sample[places], row[places], col[places])
+        return _best(entries, len(activation), states[0].k)
 
 
-def _best(state: TopK, k: int) -> TopK:
-    """The first k places in the total order, one for each sample, padded with empty places."""
-    dead = ~(state.activation > 0)
-    activation = np.where(dead, np.float32(0), state.activation)
-    sample = np.where(dead, NONE, state.sample)
-    row, col = np.where(dead, 0, state.row), np.where(dead, 0, state.col)
-    order = np.lexsort((col, row, sample, -activation), axis=-1)
-    columns = [np.take_along_axis(column, order, axis=1) for column in (activation, sample, row, col)]
-    keep = _first_of_each_sample(columns[1])
-    maps, places = keep.shape
+class _Entries(NamedTuple):
+    """Candidates of all maps, one after another."""
+
+    feature_map: Ints
+    activation: Floats
+    sample: Ints
+    row: Ints
+    col: Ints
+
+    def take(self, chosen: npt.NDArray[Any]) -> _Entries:
+        return _Entries(*(column[chosen] for column in self))
+
+
+def _candidates(activation: Floats, threshold: npt.NDArray[np.float32] | np.float32) -> tuple[Ints, Ints]:
+    """Map and place of all entries that are alive and not weaker than the map's threshold."""
+    feature_map, place = np.nonzero((activation > 0) & (activation >= np.reshape(threshold, (-1, 1))))
+    return feature_map, place
+
+
+def _best(entries: _Entries, maps: int, k: int) -> TopK:
+    """The first k of each map in the total order, one for each sample."""
+    entries = _first_of_each_sample(entries.take(_order(entries)))
+    count = np.bincount(entries.feature_map, minlength=maps)
+    place = np.arange(len(entries.feature_map)) - np.repeat(np.cumsum(count) - count, count)
+    kept = entries.take(place < k)
+    where = kept.feature_map, place[place < k]
     best = TopK(np.zeros((maps, k), np.float32), np.full((maps, k), NONE), *np.zeros((2, maps, k), np.int64))
-    first = np.argsort(~keep, axis=1, kind="stable")[:, :k]
-    kept = np.take_along_axis(keep, first, axis=1)
-    targets: tuple[npt.NDArray[Any], ...] = (best.activation, best.sample, best.row, best.col)
-    for target, column in zip(targets, columns, strict=True):
-        target[:, : min(k, places)][kept] = np.take_along_axis(column, first, axis=1)[kept]
+    for name in ("activation", "sample", "row", "col"):
+        getattr(best, name)[where] = getattr(kept, name)
     return best
 
 
-def _first_of_each_sample(sample: Ints) -> npt.NDArray[np.bool_]:
-    """[C, M]: of sorted places, which are the first of a sample (and not empty)."""
-    by_sample = np.argsort(sample, axis=1, kind="stable")
-    ordered = np.take_along_axis(sample, by_sample, axis=1)
-    first: npt.NDArray[np.bool_] = ordered != NONE
-    first[:, 1:] &= ordered[:, 1:] != ordered[:, :-1]
-    keep = np.zeros_like(first)
-    np.put_along_axis(keep, by_sample, first, axis=1)
-    return keep
+def _order(entries: _Entries) -> Ints:
+    """The total order of live entries: map, activation descending, sample, row, col."""
+    # The bits of a positive float sort as it does: with its map it is one integer, and ties are seldom.
+    strength = entries.feature_map << 32 | np.iinfo(np.int32).max - entries.activation.view(np.int32).astype(np.int64)
+    order = np.argsort(strength)
+    return np.lexsort((entries.col, entries.row, entries.sample, strength)) if _repeated(strength[order]) else order
+
+
+def _first_of_each_sample(entries: _Entries) -> _Entries:
+    """Of entries in the total order, the first of each sample in its map."""
+    if not _repeated(np.sort(entries.feature_map << 40 | entries.sample)):
+        return entries
+    by_sample = np.lexsort((entries.sample, entries.feature_map))  # stable
+    names = np.stack([entries.feature_map[by_sample], entries.sample[by_sample]])
+    again = np.zeros(len(by_sample), dtype=bool)
+    again[by_sample[1:]] = (names[:, 1:] == names[:, :-1]).all(0)
+    return entries.take(~again)
+
+
+def _repeated(ordered: Ints) -> bool:
+    return bool((ordered[1:] == ordered[:-1]).any())
 
 
 @dataclass(frozen=True, eq=False)
@@ -160,25 +249,33 @@ class Statistics:
     """[C] images with any activation above zero."""
     active_cells: Ints
     """[C] cells above zero."""
-    histogram: Ints
-    """[C, BINS] images by the activation of their strongest cell, where above zero."""
+    bins: Ints
+    """[M] the bins of the histograms that are not empty, as feature_map * BINS + bin, ascending."""
+    counts: Ints
+    """[M] images in each of them: those whose strongest cell has an activation of that bin."""
+
+    @property
+    def histogram(self) -> Ints:
+        """[C, BINS] images by the activation of their strongest cell, where above zero."""
+        dense = np.zeros(len(self.maximum) * BINS, dtype=np.int64)
+        dense[self.bins] = self.counts
+        return dense.reshape(-1, BINS)
 
     @classmethod
     def of(cls, found: Strongest) -> Statistics:
-        """The statistics of one batch."""
-        images, maps = found.value.shape
-        histogram = np.zeros((maps, BINS), dtype=np.int64)
+        """The statistics of some images."""
         alive = found.value > 0
-        feature_map = np.broadcast_to(np.arange(maps), (images, maps))[alive]
-        np.add.at(histogram, (feature_map, bin_of(found.value[alive])), 1)
+        _, feature_map = np.nonzero(alive)
+        bins, counts = np.unique(feature_map * BINS + bin_of(found.value[alive]), return_counts=True)
         return cls(
-            images=images,
+            images=len(found.value),
             cells=found.cells,
-            total=found.total.sum(0),
+            total=found.total,
             maximum=found.value.max(0),
             active_images=alive.sum(0),
-            active_cells=found.active.sum(0),
-            histogram=histogram,
+            active_cells=found.active,
+            bins=bins,
+            counts=counts,
         )
 
     @classmethod
@@ -187,6 +284,10 @@ class Statistics:
         total = parts[0].total.copy()
         for part in parts[1:]:
             total += part.total
+        dense = np.zeros(len(total) * BINS, dtype=np.int64)
+        for part in parts:
+            dense[part.bins] += part.counts
+        bins = np.flatnonzero(dense)
         return cls(
             images=sum(part.images for part in parts),
             cells=parts[0].cells,
@@ -194,7 +295,8 @@ class Statistics:
             maximum=np.max([part.maximum for part in parts], axis=0),
             active_images=np.sum([part.active_images for part in parts], axis=0),
             active_cells=np.sum([part.active_cells for part in parts], axis=0),
-            histogram=np.sum([part.histogram for part in parts], axis=0),
+            bins=bins,
+            counts=dense[bins],
         )
 
     def quantiles(self, shares: tuple[float, ...]) -> npt.NDArray[np.float32]:

@@ -1,14 +1,16 @@
 """The nine images that excite each feature map most (ZFNet section 4, figure 2), and the statistics of every map.
 
-Two tables: `top9`, a row for each feature map and rank, and `feature_maps`, a row for each feature map. One entry
-an image: its strongest cell. The order is total: activation descending, key ascending, row, col; so the table is
-the same, bit for bit, whatever the workers, the order of shards or the restarts.
+Three tables: `top9`, a row for each feature map and rank; `feature_maps`, a row for each feature map; and, below
+--maxima-gb, `maxima`, a row for each image with the strongest activation of every map, from which other analyses
+(`groups`, `duplicates`) answer further questions without a new sweep. One entry an image: its strongest cell. The
+order is total: activation descending, key ascending, row, col; so the table is the same, bit for bit, whatever the
+workers, the order of shards or the restarts.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -17,10 +19,14 @@ import pyarrow as pa
 from pipeline import tables
 from pipeline.analysis import Analysis, Finished, fold_tree
 from pipeline.context import Batch, Context
+from pipeline.progress import say
 from pipeline.runs import RunError
 from pipeline.storage import Location
 from zfnet.activations import NONE, Statistics, Strongest, TopK, edges, strongest
 from zfnet.receptive import receptive_field
+
+MAXIMA_BYTES = 6
+"""Of a feature map and image in the table maxima: a float32 and, packed, the cell."""
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
 
@@ -35,10 +41,14 @@ class Config:
     """Images kept for each feature map."""
     part_size: int = 256
     """Samples of a part, the unit of work and of resume."""
-    batch_size: int = 32
+    batch_size: int = 16
     """Images that go through the network together."""
+    maxima_gb: float = 4.0
+    """Keep every image's maxima (table maxima) if those of all layers asked for take less; 0: never."""
 
     def __post_init__(self) -> None:
+        if not self.maxima_gb >= 0:
+            raise RunError(f"--maxima-gb is {self.maxima_gb}: give 0 or more gigabytes")
         for name in ("k", "part_size", "batch_size"):
             if getattr(self, name) < 1:
                 raise RunError(f"--{name.replace('_', '-')} is {getattr(self, name)}: give at least 1")
@@ -71,26 +81,73 @@ FEATURE_MAPS = pa.schema(
     ]
 )
 
-_BOX = ("top", "left", "height", "width")
-_INTS = pa.list_(pa.int64())
-PART = pa.schema(
+MAXIMA = pa.schema(
     [
+        tables.MODEL_ID,
+        tables.DATA_ID,
+        tables.LAYER,
+        tables.KEY,
+        tables.SHARD,
+        tables.LABEL,
+        tables.LABEL_NAME,
+        tables.column("maxima", pa.list_(pa.float32()), "Strongest activation of each feature map, in their order."),
+        tables.column("cells", pa.list_(pa.int32()), "Cell that holds it, first of equals: row * map_width + col."),
+        tables.column("map_height", pa.int32(), "Rows of a feature map."),
+        tables.column("map_width", pa.int32(), "Columns of a feature map."),
+    ]
+)
+
+_INTS = pa.list_(pa.int64())
+_PLACES = ("activation", "sample", "row", "col")
+_OF_EACH_MAP = ("total", "maximum", "active_images", "active_cells")
+
+
+def part_schema(config: Config) -> pa.Schema:
+    """A row for each layer; lists are arrays of its maps, row-major. The last four are there if maxima are kept."""
+    state = [
         ("layer", pa.string()),
-        ("feature_map", pa.int32()),
-        ("activation", pa.list_(pa.float32())),
+        ("activation", pa.list_(pa.float32())),  # [maps, k], as sample, row and col
         ("sample", _INTS),
         ("row", _INTS),
         ("col", _INTS),
         ("images", pa.int64()),
         ("cells", pa.int64()),
-        ("total", pa.float64()),
-        ("maximum", pa.float32()),
-        ("active_images", pa.int64()),
-        ("active_cells", pa.int64()),
-        ("bin", _INTS),
-        ("count", _INTS),
+        ("total", pa.list_(pa.float64())),  # [maps], as the next three
+        ("maximum", pa.list_(pa.float32())),
+        ("active_images", _INTS),
+        ("active_cells", _INTS),
+        ("bins", _INTS),
+        ("counts", _INTS),
     ]
-)
+    kept = [
+        ("number", _INTS),  # [images]
+        ("maxima", pa.list_(pa.float32())),  # [images, maps], as positions
+        ("positions", pa.list_(pa.int32())),
+        ("map_width", pa.int32()),
+    ]
+    return pa.schema(state + (kept if config.maxima_gb else []))
+
+
+def resolve(context: Context) -> Config:
+    """Without maxima where they would take more than is allowed."""
+    config: Config = context.config
+    images = context.index.split(context.split).num_rows
+    takes = MAXIMA_BYTES * images * sum(_maps(context, layer) for layer in slices(context)) / 1e9
+    if config.maxima_gb and takes > config.maxima_gb:
+        say(
+            f"{context.table}: the maxima would take {takes:.1f} GB and are not kept (--maxima-gb {config.maxima_gb:g})"
+        )
+        return replace(config, maxima_gb=0.0)
+    return config
+
+
+def _maps(context: Context, layer: str) -> int:
+    return context.graph[context.graph.activation_of(layer)].shape[0]
+
+
+def further(context: Context) -> tuple[str, ...]:
+    """The table maxima, where they are kept."""
+    return ("maxima",) if context.config.maxima_gb else ()
 
 
 def slices(context: Context) -> list[str]:
@@ -108,76 +165,131 @@ def samples(context: Context, layers: list[str]) -> pa.Table:
     return context.index.split(context.split)
 
 
-def map_batch(context: Context, layers: list[str], batch: Batch) -> dict[str, tuple[TopK, Statistics]]:
-    """The state of each layer after one batch."""
+@dataclass(frozen=True, eq=False)
+class Found:
+    """What a batch gives: the strongest cells of each layer, and the numbers of the images."""
+
+    layers: dict[str, Strongest]
+    numbers: np.ndarray
+
+
+State = dict[str, tuple[TopK, Statistics]]
+"""Of each layer."""
+
+
+def map_batch(context: Context, layers: list[str], batch: Batch) -> Found:
+    """The strongest cells of each layer. Only what the layers need is run."""
     nodes = {layer: context.graph.activation_of(layer) for layer in layers}
     activations = context.graph.run(batch.x, list(nodes.values()))
-    samples = np.array([picture.number for picture in batch.pictures], dtype=np.int64)
-    return {layer: _state(strongest(activations[node]), samples, context.config.k) for layer, node in nodes.items()}
+    numbers = np.array([picture.number for picture in batch.pictures], dtype=np.int64)
+    return Found({layer: strongest(activations[node]) for layer, node in nodes.items()}, numbers)
 
 
-def _state(found: Strongest, samples: np.ndarray, k: int) -> tuple[TopK, Statistics]:
-    return TopK.of(found, samples, k), Statistics.of(found)
+def reduce_part(context: Context, results: list[Found]) -> pa.Table:
+    """The states of a part, a row for each layer; none if no image could be read."""
+    schema = part_schema(context.config)
+    if not results:
+        return schema.empty_table()
+    numbers = np.concatenate([result.numbers for result in results])
+    rows = []
+    for layer in results[0].layers:
+        found = Strongest.join([result.layers[layer] for result in results])
+        state = TopK.of(found, numbers, context.config.k), Statistics.of(found)
+        kept = {"number": numbers, "maxima": found.value, "positions": found.position, "map_width": found.shape[1]}
+        rows.append(_to_row(layer, *state) | (kept if context.config.maxima_gb else {}))
+    columns = {field.name: _column([row[field.name] for row in rows], field.type) for field in schema}
+    return pa.table(columns, schema=schema)
 
 
-def _merge(states: list[tuple[TopK, Statistics]]) -> tuple[TopK, Statistics]:
-    top, statistics = zip(*states, strict=True)
-    return TopK.merge(list(top)), Statistics.merge(list(statistics))
-
-
-def reduce_part(context: Context, results: list[dict[str, tuple[TopK, Statistics]]]) -> pa.Table:
-    """The states of a part, a row for each feature map; none if no image could be read."""
-    layers = list(results[0]) if results else []
-    merged = {layer: _merge([result[layer] for result in results]) for layer in layers}
-    return pa.concat_tables([_to_rows(layer, *state) for layer, state in merged.items()] or [PART.empty_table()])
-
-
-def _to_rows(layer: str, top: TopK, statistics: Statistics) -> pa.Table:
-    maps = len(statistics.total)
-    bins = [np.flatnonzero(counts) for counts in statistics.histogram]
-    columns: dict[str, Any] = {
-        "layer": [layer] * maps,
-        "feature_map": np.arange(maps),
-        **{name: list(getattr(top, name)) for name in ("activation", "sample", "row", "col")},
-        "images": [statistics.images] * maps,
-        "cells": [statistics.cells] * maps,
-        **{name: getattr(statistics, name) for name in ("total", "maximum", "active_images", "active_cells")},
-        "bin": bins,
-        "count": [counts[used] for counts, used in zip(statistics.histogram, bins, strict=True)],
+def _to_row(layer: str, top: TopK, statistics: Statistics) -> dict[str, Any]:
+    return {
+        "layer": layer,
+        **{name: getattr(top, name) for name in _PLACES},
+        **{name: getattr(statistics, name) for name in ("images", "cells", *_OF_EACH_MAP, "bins", "counts")},
     }
-    return tables.conform(columns, PART)
 
 
-def _from_rows(rows: pa.Table) -> tuple[TopK, Statistics]:
-    """Back from the rows of one layer of a part."""
+def _column(values: list[Any], kind: pa.DataType) -> pa.Array:
+    return tables.flat_lists(values, kind.value_type) if pa.types.is_list(kind) else pa.array(values, kind)
 
-    def places(name: str) -> np.ndarray:
-        return np.stack(rows[name].to_numpy())
 
-    top = TopK(*(places(name) for name in ("activation", "sample", "row", "col")))
-    histogram = np.zeros((rows.num_rows, len(edges()) - 1), dtype=np.int64)
-    for counts, bins, values in zip(histogram, rows["bin"].to_numpy(), rows["count"].to_numpy(), strict=True):
-        counts[bins] = values
-    vectors = {name: rows[name].to_numpy() for name in ("total", "maximum", "active_images", "active_cells")}
-    scalars = {name: rows[name][0].as_py() for name in ("images", "cells")}
-    return top, Statistics(**scalars, **vectors, histogram=histogram)
+def _states(part: Location) -> State:
+    """Back from a part, but for the maxima; empty where none of its images could be read."""
+    columns = [field.name for field in part_schema(Config(maxima_gb=0.0))]
+    return {row["layer"]: _from_row(row) for row in _rows(tables.read(part, columns))}
+
+
+def _rows(table: pa.Table) -> Iterator[dict[str, Any]]:
+    """The rows with their lists as arrays."""
+    for place in range(table.num_rows):
+        row = {name: table[name][place] for name in table.column_names}
+        yield {name: v.values.to_numpy() if isinstance(v, pa.ListScalar) else v.as_py() for name, v in row.items()}
+
+
+def _from_row(row: dict[str, Any]) -> tuple[TopK, Statistics]:
+    maps = len(row["total"])
+    top = TopK(*(row[name].reshape(maps, -1) for name in _PLACES))
+    return top, Statistics(**{name: row[name] for name in ("images", "cells", *_OF_EACH_MAP, "bins", "counts")})
+
+
+def _merge(states: list[State]) -> State:
+    layers = {layer: zip(*(state[layer] for state in states), strict=True) for layer in states[0]}
+    return {layer: (TopK.merge(list(top)), Statistics.merge(list(found))) for layer, (top, found) in layers.items()}
 
 
 def fold(context: Context, parts: list[Location], layers: list[str]) -> Iterator[Finished]:
-    """A file of feature_maps and one of top9 for each layer."""
+    """A file of each table for each layer. The states of all layers are merged in one pass over the parts."""
     rows = context.index.split(context.split).sort_by("number")
+    merged = fold_tree((state for state in map(_states, parts) if state), _merge)
     for layer in layers:
-        found = (tables.read(part, filters=[("layer", "=", layer)]) for part in parts)
-        top, statistics = fold_tree((_from_rows(some) for some in found if some.num_rows), _merge)
+        top, statistics = merged[layer]
         yield Finished("feature_maps", layer, FEATURE_MAPS, iter([_feature_maps(context, layer, statistics)]))
         yield Finished("top9", layer, TOP9, iter([_top9(context, layer, top, rows)]))
+        if "maxima" in further(context):
+            yield Finished("maxima", layer, MAXIMA, _maxima(context, layer, parts, rows))
+
+
+def _maxima(context: Context, layer: str, parts: list[Location], samples: pa.Table) -> Iterator[pa.Table]:
+    """The rows of one layer in the order of the parts, so many at a time as fill a row group."""
+    columns, room = ["number", "maxima", "positions", "map_width", "cells"], tables.ROW_GROUP_BYTES
+    gathered, size = [MAXIMA.empty_table()], 0
+    for part in parts:
+        for row in _rows(tables.read_equal(part, columns, "layer", layer)):
+            gathered.append(_images(context, layer, row, samples))
+            size += gathered[-1].nbytes
+        if size > room:
+            yield pa.concat_tables(gathered)
+            gathered, size = [MAXIMA.empty_table()], 0
+    yield pa.concat_tables(gathered)
+
+
+def _images(context: Context, layer: str, row: dict[str, Any], samples: pa.Table) -> pa.Table:
+    """A part's images with their maxima in a layer."""
+    count = len(row["number"])
+    columns = {
+        **{name: [value] * count for name, value in context.identity.items()},
+        "layer": [layer] * count,
+        **sample_columns(context, samples.take(pa.array(row["number"]))),
+        "maxima": tables.flat_lists(list(row["maxima"].reshape(count, -1)), pa.float32()),
+        "cells": tables.flat_lists(list(row["positions"].reshape(count, -1)), pa.int32()),
+        "map_height": [row["cells"] // row["map_width"]] * count,
+        "map_width": [row["map_width"]] * count,
+    }
+    return tables.conform(columns, MAXIMA)
+
+
+def sample_columns(context: Context, samples: pa.Table) -> dict[str, Any]:
+    """The shared columns that say which samples these are."""
+    names = [context.index.label_name(label) for label in samples["label"].to_pylist()]
+    return {**{name: samples[name] for name in ("key", "shard", "label")}, "label_name": names}
 
 
 def _feature_maps(context: Context, layer: str, statistics: Statistics) -> pa.Table:
     maps = len(statistics.total)
     quantiles = statistics.quantiles(QUANTILES)
     cells = statistics.images * statistics.cells
-    spans = [np.flatnonzero(counts) for counts in statistics.histogram]
+    histogram = statistics.histogram
+    spans = [np.flatnonzero(counts) for counts in histogram]
     ends = [(int(span[0]), int(span[-1]) + 1) if len(span) else (0, 0) for span in spans]
     columns: dict[str, Any] = {
         **{name: [value] * maps for name, value in context.identity.items()},
@@ -190,7 +302,7 @@ def _feature_maps(context: Context, layer: str, statistics: Statistics) -> pa.Ta
         "active_cells_share": statistics.active_cells / cells,
         "dead": statistics.active_images == 0,
         **{f"q{round(share * 100):02d}": quantiles[:, i] for i, share in enumerate(QUANTILES)},
-        "histogram": [counts[a:b] for counts, (a, b) in zip(statistics.histogram, ends, strict=True)],
+        "histogram": [counts[a:b] for counts, (a, b) in zip(histogram, ends, strict=True)],
         "histogram_edges": [edges()[a : b + 1] if b else edges()[:0] for a, b in ends],
     }
     return tables.conform(columns, FEATURE_MAPS)
@@ -208,11 +320,10 @@ def _top9(context: Context, layer: str, top: TopK, samples: pa.Table) -> pa.Tabl
         "feature_map": feature_map,
         "rank": place + 1,
         "activation": top.activation[feature_map, place],
-        **{name: chosen[name] for name in ("key", "shard", "label")},
-        "label_name": [context.index.label_name(label) for label in chosen["label"].to_pylist()],
+        **sample_columns(context, chosen),
         "row": row,
         "col": col,
-        **{side: np.broadcast_to(np.asarray(v), count) for side, v in zip(_BOX, box, strict=True)},
+        **tables.box_columns(box, count),
     }
     return tables.conform(columns, TOP9)
 
@@ -221,7 +332,10 @@ ANALYSIS = Analysis(
     table="top9",
     tables=("feature_maps", "top9"),
     module=__name__,
-    part_schema=lambda config: PART,
+    further=further,
+    part_schema=part_schema,
+    resolve=resolve,
+    selects=("layers", "maxima_gb"),
     slices=slices,
     samples=samples,
     setup=lambda context, layers: layers,

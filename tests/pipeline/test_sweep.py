@@ -332,6 +332,8 @@ def test_a_finished_slice_is_never_rewritten(make_run, make_shards, capsys):
         "feature_maps",
         "feature_maps-five",
         "manifests",
+        "maxima",
+        "maxima-five",
         "skipped",
         "top9",
         "top9-five",
@@ -506,8 +508,9 @@ def test_deconv_is_made_again_for_another_top9(make_run, make_shards):
     run_top9(run, data, layers=("conv2",), k=9, name="nine")
     with pytest.raises(RunError, match="run jobs/top9.py first"):
         run_deconv(run, data)
-    shutil.rmtree(run / "results" / "feature_maps")
-    shutil.rmtree(run / "results" / "manifests" / "feature_maps")
+    for table in ("feature_maps", "maxima"):
+        shutil.rmtree(run / "results" / table)
+        shutil.rmtree(run / "results" / "manifests" / table)
     run_top9(run, data, layers=("conv2",), k=9)
     with pytest.raises(RunError, match="sources: finished with"):
         run_deconv(run, data)
@@ -624,7 +627,7 @@ def test_a_crash_between_two_manifests_costs_no_part(make_run, make_shards, tmp_
 def test_what_a_crash_left_of_finished_work_is_cleared(make_run, make_shards, monkeypatch):
     data, run = make_shards(val=[5]), make_run()
     with monkeypatch.context() as patch:
-        patch.setattr(sweep, "clear_finished", lambda context: None)
+        patch.setattr(sweep, "clear_finished", lambda context, analysis: None)
         run_top9(run, data)
     assert list((run / "unfinished" / "top9").iterdir())
     assert run_top9(run, data) == 0
