@@ -121,7 +121,7 @@ def _machine(options: argparse.Namespace) -> dict[str, Any]:
     name = torch.cuda.get_device_name() if options.device == "cuda" else torch.backends.cpu.get_cpu_capability()
     return {
         "device": name, "dtype": options.dtype, "threads": options.threads, "torch": torch.__version__,
-        "quick": options.quick, "window_bytes": deconv.WINDOW_BYTES,
+        "quick": options.quick, "memory_mb": deconv.MEMORY_MB,
     }  # fmt: skip
 
 

@@ -25,11 +25,11 @@ from zfnet.receptive import ReceptiveField, fields_beneath, receptive_field, who
 from zfnet.windows import Windows
 
 __all__ = [
-    "WINDOW_BYTES", "Cells", "Projected", "Projections", "Record", "Semantics", "Unprojectable", "multiply_adds",
+    "MEMORY_MB", "Cells", "Projected", "Projections", "Record", "Semantics", "Unprojectable", "multiply_adds",
     "project", "project_images", "record",
 ]  # fmt: skip
 
-WINDOW_BYTES = 64 * 2**20
+MEMORY_MB = 64.0
 """Memory that windows on their way may take together, unless told otherwise."""
 
 
@@ -102,11 +102,11 @@ def record(graph: Graph, images: Tensor, layers: Sequence[str], semantics: Seman
 
 
 @torch.no_grad()
-def project(record: Record, layer: str, cells: Cells, window_bytes: int = WINDOW_BYTES) -> Projections:
+def project(record: Record, layer: str, cells: Cells, memory_mb: float = MEMORY_MB) -> Projections:
     """Project cells of a recorded layer, each alone, down to the pixels of its receptive field.
 
     With the semantics cells="all" each projection is that of the whole feature map, over the whole image, and the
-    cells' rows and columns do not matter. Windows on their way take `window_bytes` of memory, or as much as a single
+    cells' rows and columns do not matter. Windows on their way take `memory_mb` megabytes of memory, or as much as a single
     one needs; beside rounding the result does not depend on it. The same call gives the same bits (on CUDA under
     torch.use_deterministic_algorithms, for the sums of unpooling). Raises ValueError for a layer that was not recorded
     and for cells that are not on its maps.
@@ -116,7 +116,7 @@ def project(record: Record, layer: str, cells: Cells, window_bytes: int = WINDOW
     route = _Route.of(record.graph, layer, record.semantics)
     top, left, height, width = route.seen.box(*route.places(cells))
     pixels = activation.new_zeros(len(cells.row), record.graph.input_shape[0], height, width)
-    for some in _batches(len(pixels), window_bytes // route.bytes_of_window(activation.element_size())):
+    for some in _batches(len(pixels), route.together(memory_mb, activation)):
         pixels[some] = route.down_from_record(record, activation, Cells(*(index[some] for index in cells)))
     return Projections(pixels, top, left)
 
@@ -127,13 +127,13 @@ def project_images(
     images: Tensor,
     cells: Mapping[str, Cells],
     semantics: Semantics | None = None,
-    window_bytes: int = WINDOW_BYTES,
+    memory_mb: float = MEMORY_MB,
 ) -> Iterator[Projected]:
     """Run images [N, channels, rows, cols] forward, and project cells of any layers in them, some at a time.
 
     Each image is run at most once, and no further than its cells need: whole, or over the windows of its cells alone,
     whichever takes fewer multiply-adds. The cells of a layer come in no particular order; `Projected.which` tells.
-    Memory is that of the images' forward pass and `window_bytes`, as in `project`, and does not grow with the cells.
+    Memory is that of the images' forward pass and `memory_mb`, as in `project`, and does not grow with the cells.
     Raises as `record` and `project` do.
     """
     semantics, images = semantics or Semantics(), images.contiguous(memory_format=torch.channels_last)
@@ -151,7 +151,7 @@ def project_images(
         number[members] = torch.arange(len(members), device=images.device)
         for layer in needed:
             index = (number[cells[layer].image] >= 0).nonzero().flatten()
-            for some in _batches(len(index), window_bytes // routes[layer].bytes_of_window(images.element_size())):
+            for some in _batches(len(index), routes[layer].together(memory_mb, images)):
                 chosen = Cells(*(column[index[some]] for column in cells[layer]))
                 within = chosen._replace(image=number[chosen.image])
                 activation = kept.activation(layer)
@@ -159,7 +159,7 @@ def project_images(
                 yield routes[layer].projected(layer, index[some], activation[tuple(within)], pixels, chosen)
     for layer, route in routes.items():
         index = alone[cells[layer].image].nonzero().flatten()
-        for some in _batches(len(index), window_bytes // route.bytes_of_window(images.element_size())):
+        for some in _batches(len(index), route.together(memory_mb, images)):
             chosen = Cells(*(column[index[some]] for column in cells[layer]))
             activation, pixels = route.up_and_down(images, chosen)
             yield route.projected(layer, index[some], activation, pixels, chosen)
@@ -289,7 +289,11 @@ class _Route:
             _multiply_adds(self.graph.operations[name], None if whole else self.plan[name]) for name in self.plan
         )
 
-    def bytes_of_window(self, element: int) -> int:
+    def together(self, memory_mb: float, like: Tensor) -> int:
+        """How many windows of such numbers are in memory at a time."""
+        return int(memory_mb * 2**20) // self._bytes_of_window(like.element_size())
+
+    def _bytes_of_window(self, element: int) -> int:
         """Memory that one window takes on its way at most, the signals that wait on other branches included."""
         waiting: set[str] = set()
         peak = 1

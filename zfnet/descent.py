@@ -138,7 +138,7 @@ def _filter_one(signal: Tensor, conv: nn.Conv2d, feature_map: Tensor, window: Wi
     filters = conv.weight[feature_map]
     if signal.shape[1:] == (1, 1) and window.dilation == (1, 1):
         filtered = filters * signal[:, None]
-    elif len(signal):
+    else:
         one = F.conv_transpose2d(signal[None], filters, None, window.stride, 0, 0, len(signal), window.dilation)
         filtered = one[0].unflatten(0, (len(signal), -1))
     if conv.groups == 1:

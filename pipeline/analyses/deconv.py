@@ -49,11 +49,11 @@ class Config:
     """Images of a part, the unit of work and of resume."""
     batch_size: int = 16
     """Images that go through the network together."""
-    window_bytes: int = deconv.WINDOW_BYTES
-    """Memory that the windows on their way to the pixels may take together, beside the images' own forward pass."""
+    memory_mb: float = deconv.MEMORY_MB
+    """Megabytes that windows on their way to the pixels take together, beside the images' own forward pass."""
 
     def __post_init__(self) -> None:
-        for name in ("part_size", "batch_size", "window_bytes"):
+        for name in ("part_size", "batch_size", "memory_mb"):
             if getattr(self, name) < 1:
                 raise RunError(f"--{name.replace('_', '-')} is {getattr(self, name)}: give at least 1")
 
@@ -179,7 +179,7 @@ def map_batch(context: Context, cells: dict[str, LayerCells], batch: Batch) -> p
     config: Config = context.config
     pieces = [schema(config).empty_table()]
     for layer, which, activation, projections in deconv.project_images(
-        context.graph, batch.x, where, config.semantics, config.window_bytes
+        context.graph, batch.x, where, config.semantics, config.memory_mb
     ):
         some = which.cpu().numpy()
         rows = rows_of[layer].take(pa.array(some))

@@ -338,7 +338,7 @@ ANALYSIS = Analysis(
     map_batch=map_batch,
     reduce_part=reduce_part,
     fold=fold,
-    forwards=lambda context: 1 + grid_of(context).rows * grid_of(context).cols,
+    forwards=lambda context: 1 + sum(grid.rows * grid.cols for grid in grids_of(context)),
     expected_rows=expected_rows,
     selects=(),
 )

@@ -574,7 +574,7 @@ def test_nothing_depends_on_the_company_a_cell_is_in(zfnet):
     assert torch.equal(project(kept, "conv3", cells).pixels, together)
     alone = torch.cat([project(kept, "conv3", Cells(*(c[i : i + 1] for c in cells))).pixels for i in range(16)])
     assert error(alone, together) <= 1e-5
-    assert error(project(kept, "conv3", cells, window_bytes=40 * 2**20).pixels, together) <= 1e-5
+    assert error(project(kept, "conv3", cells, memory_mb=40).pixels, together) <= 1e-5
 
 
 class Memory(TorchDispatchMode):
@@ -614,7 +614,7 @@ def test_memory_is_set_by_its_option_and_not_by_the_cells(layer, budgets):
         for budget in budgets:
             some = {layer: Cells(*(column.repeat(times) for column in cells))}
             with Memory() as memory:
-                for _ in project_images(graph, images, some, window_bytes=budget):
+                for _ in project_images(graph, images, some, memory_mb=budget / 2**20):
                     pass
             peaks[times, budget] = memory.peak
     cells_themselves = 200 * 60 * len(cells.row)
