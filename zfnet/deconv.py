@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from zfnet.graph import Graph, Operation, Pair, Window, average_counts
+from zfnet.graph import Graph, Operation, Pair, Window, average_counts, bins
 from zfnet.receptive import ReceptiveField, beneath, fields_beneath, receptive_field
 
 
@@ -409,6 +409,15 @@ def _spread(descent: _Descent, op: Operation, signal: Tensor, field: ReceptiveFi
     yield op.inputs[0], descent.zero_beside_(spread, below, op.inputs[0]), below
 
 
+def _spread_bins(descent: _Descent, op: Operation, signal: Tensor, field: ReceptiveField) -> Iterator[Contribution]:
+    """Average pooling over bins of several sizes, on the whole map: every cell of a bin gets the same share."""
+    source = op.inputs[0]
+    rows, cols = (m.to(signal.device, signal.dtype) for m in bins(op, descent.graph.operations[source].shape))
+    whole = ReceptiveField((0, 0), (0, 0), (len(rows), len(cols)))
+    signal = signal[:, :, None, None] if signal.ndim == 2 else descent._place(signal, field, whole)
+    yield source, rows.T @ signal @ cols, descent.plan[source]
+
+
 def _unpool(descent: _Descent, op: Operation, signal: Tensor, field: ReceptiveField) -> Iterator[Contribution]:
     """Sec. 2.1, "unpooling": each signal goes to the place of its window's maximum, by that image's switches.
 
@@ -470,6 +479,7 @@ _WAYS_DOWN: dict[str, Callable[[_Descent, Operation, Tensor, ReceptiveField], It
     "relu": _rectify,
     "maxpool": _unpool,
     "avgpool": _spread,
+    "binpool": _spread_bins,
     "normalisation": _denormalise,
     "batchnorm": _rescale,
     "identity": _pass,
