@@ -169,6 +169,7 @@ def schema(config: Config) -> pa.Schema:
 
 def slices(context: Context) -> list[str]:
     """One. Raises: RunError for an occluder that does not fit, for keys or classes that do not occur."""
+    context.model.require_classes(context.analysis)
     grids_of(context)
     samples(context, [SLICE])
     return [SLICE]
