@@ -36,7 +36,7 @@ from pipeline.stream import Images, epoch_order, labelled
 from zfnet import models, recipe
 from zfnet.images import Preprocessing
 
-BATCH = 128  # the papers'
+BATCH = 64
 NETWORK = "zfnet_small"
 
 
