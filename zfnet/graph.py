@@ -126,7 +126,7 @@ class Graph:
         beneath = [layer for layer in self.layers if not self._has_unknown(self.ancestors([self.activation_of(layer)]))]
         return (
             f"{len(self.unknown)} of {len(self.operations)} operations are not understood ({'; '.join(named)}). "
-            "Sweeps work on every layer, and occlusion, which runs the network whole from there on. Projections work "
+            "Sweeps work on every layer. Projections, and the occlusion job, which projects the last convolution, work "
             f"for the layers beneath all of them: {', '.join(beneath) or 'none'}"
         )
 

@@ -89,7 +89,7 @@ def test_the_limits_say_what_is_not_understood_and_what_still_works():
     assert said.startswith("35 of 154 operations are not understood (ReLU6: features.0.2, features.1.conv.0.2")
     assert said.count("features.18.2") == 0, "only the first names of a sort"
     assert "features.18.2)" in graph.limits(shown=None)
-    assert said.endswith("Projections work for the layers beneath all of them: features.0.0")
+    assert said.endswith("work for the layers beneath all of them: features.0.0")
 
 
 @pytest.mark.parametrize(("rows", "cols"), [(13, 5), (3, 1), (6, 20)])
