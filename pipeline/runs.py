@@ -93,7 +93,9 @@ class Run:
                 "run that has one"
             ) from None
         except ValueError as error:
-            raise RunError(f"run.json in {self.location} is damaged ({error}): bring it back or train again") from None
+            raise RunError(
+                f"run.json in {self.location} is damaged ({error}): bring it back, or train or import again"
+            ) from None
         return found
 
     def save_model(
@@ -137,7 +139,7 @@ class Run:
         except (FileNotFoundError, KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
             raise RunError(
                 f"the model of {self.location} cannot be loaded: {str(error).strip()}; {path} and run.json must come "
-                "from the same training: bring both back, or train again into another --run"
+                "from the same training: bring both back, or train or import again into another --run"
             ) from None
         model_id = identity(described["architecture"], preprocessing, tensors)
         if model_id != described.get("model_id"):

@@ -69,7 +69,7 @@ class Operation:
 
 
 class UnknownLayer(ValueError):
-    """No operation has the name that was given."""
+    """No operation has the name that was given, or none is of the kind that is needed."""
 
 
 class Untraceable(ValueError):
@@ -135,11 +135,11 @@ class Graph:
 
     @property
     def last_convolution(self) -> str:
-        """Name of the last convolution that the output depends on; ValueError where there is none."""
+        """Name of the last convolution that the output depends on; UnknownLayer where there is none."""
         needed = set(self.ancestors([self.output]))
         convolutions = [n for n in self.layers if n in needed and isinstance(self[n].module, nn.Conv2d)]
         if not convolutions:
-            raise ValueError("this network has no convolution; the analysis expects a convolutional network")
+            raise UnknownLayer("this network has no convolution; the analysis expects a convolutional network")
         return convolutions[-1]
 
     def __getitem__(self, name: str) -> Operation:

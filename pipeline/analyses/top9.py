@@ -23,6 +23,7 @@ from pipeline.progress import say
 from pipeline.runs import RunError
 from pipeline.storage import Location
 from zfnet.activations import NONE, Statistics, Strongest, TopK, edges, strongest
+from zfnet.graph import UnknownLayer
 from zfnet.receptive import receptive_field
 
 MAXIMA_BYTES = 6
@@ -155,6 +156,8 @@ def slices(context: Context) -> list[str]:
     layers = list(context.config.layers) or [
         name for name in context.graph.layers if context.graph[name].kind == "conv"
     ]
+    if not layers:
+        raise UnknownLayer(f"this network has no convolution: give --layers, of {', '.join(context.graph.layers)}")
     for layer in layers:
         receptive_field(context.graph, layer)
     return layers

@@ -21,6 +21,7 @@ from pipeline.shards import Index, index_shards
 from tests.conftest import CLASSES, SHARED
 from zfnet import images, models
 from zfnet.deconv import Unprojectable
+from zfnet.graph import UnknownLayer
 
 TINY = f"{__name__}:tiny"
 MAPS = f"{__name__}:maps_alone"
@@ -341,3 +342,16 @@ def test_alexnets_convolutions_without_a_classifier(tmp_path):
     tensors = load_file(file)
     assert all(torch.equal(t, tensors[n].float()) for n, t in model.network.state_dict().items())
     assert json.loads((tmp_path / "run" / "run.json").read_text())["classes"] == []
+
+
+def units_alone() -> nn.Module:
+    """No convolution at all."""
+    return nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 5), nn.ReLU(), nn.Linear(5, 3))
+
+
+def test_a_network_without_convolutions_is_swept_by_the_layers_that_are_named(tmp_path, make_shards, sizes):
+    run = imported(tmp_path, architecture=f"{__name__}:units_alone", **sizes)
+    options = SweepOptions(run=str(run.location), data=str(make_shards(val=[5])), workers=Workers(num=0))
+    with pytest.raises(UnknownLayer, match=r"no convolution: give --layers, of 1, 3"):
+        sweep.run(top9.ANALYSIS, options, top9.Config())
+    assert sweep.run(top9.ANALYSIS, options, top9.Config(layers=("1",))) == 0

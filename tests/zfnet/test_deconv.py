@@ -386,6 +386,7 @@ def test_captum_agrees_on_zfnet_without_normalisation(layer, dtype, bound):
 
 TORCHVISION = [
     ("alexnet", 127, ["features.3", "features.10"]),
+    ("vgg11", 64, ["features.3", "features.18"]),
     ("vgg11_bn", 64, ["features.4", "features.25"]),
     ("resnet18", 97, ["layer1.1.conv2", "layer2.0.conv1", "layer4.1.conv2"]),
     ("squeezenet1_1", 95, ["features.3.squeeze", "features.12.expand3x3", "classifier.1"]),

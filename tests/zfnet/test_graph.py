@@ -357,7 +357,7 @@ def test_refusals_say_what_was_given_and_what_to_do():
         graph.activation_of("convolution5")
     with pytest.raises(ValueError, match=r"shape \(1, 3, 64, 64\).*trace with input_shape"):
         graph.run(torch.zeros(1, 3, 64, 64), ["conv1"])
-    with pytest.raises(ValueError, match="no convolution"):
+    with pytest.raises(UnknownLayer, match="no convolution"):
         _ = trace(nn.Sequential(nn.ReLU())).last_convolution
 
     class Two(nn.Module):
