@@ -36,7 +36,7 @@ class PartActor:
         slices: list[str],
         resources: Resources,
         session: str,
-        token: str,
+        token: str | None,
     ) -> None:
         self.session, self.limit = session, options.attempts
         self.threads = resources.cpus
@@ -44,7 +44,8 @@ class PartActor:
         self.error = ""
         try:
             _deterministic()
-            require_visible(token)
+            if token is not None:
+                require_visible(token)
             self.analysis: Analysis = importlib.import_module(module).ANALYSIS
             context = open_context(options, config, self.analysis.table, self.device)
             self.work = Work.of(context, self.analysis, slices)
@@ -69,13 +70,17 @@ class PartActor:
         if attempt > self.limit:
             raise SweepFailed(f"its worker died {self.limit} times in a row (out of memory?): give up")
         started = time.time()
+        table, skipped = self.compute(number)
+        self.work.commit(number, table, skipped, self.device, time.time() - started)
+        return int(self.work.parts[number].num_rows)
+
+    def compute(self, number: int) -> tuple[pa.Table, list[Skipped]]:
+        """The rows of a part, and what was skipped of it. Nothing is written."""
         rows = self.work.parts[number]
         results, skipped, read = self._results(rows)
         if read + len(skipped) != rows.num_rows:
             raise SweepFailed(f"{rows.num_rows} samples in, {read} read and {len(skipped)} skipped: a fault of ours")
-        table = tables.conform(self.analysis.reduce_part(self.work.context, results), self.work.part_schema)
-        self.work.commit(number, table, skipped, self.device, time.time() - started)
-        return int(rows.num_rows)
+        return tables.conform(self.analysis.reduce_part(self.work.context, results), self.work.part_schema), skipped
 
     def _results(self, rows: pa.Table) -> tuple[list[Any], list[Skipped], int]:
         """The analysis's result of every batch, in order, what was skipped, and how many images were read.

@@ -86,6 +86,8 @@ class Analysis:
     """The results of all batches of a part, in order -> its rows."""
     fold: Callable[[Context, list[Location], list[str]], Iterator[Finished]]
     """Parts in order, slices -> the finished files."""
+    forwards: Callable[[Context], int] = lambda context: 1
+    """How many times a sample goes through the network, altered copies counted, for --plan."""
     expected_rows: Callable[[Context, str, set[str]], int | None] = lambda context, slice_, skipped: None
     """Slice and skipped keys -> how many rows it must have, where that is known beforehand."""
 

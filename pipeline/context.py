@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -40,6 +40,11 @@ class Options:
     """Write to results/TABLE-NAME instead of results/TABLE; letters, digits, '.', '_' and '-'."""
     address: str | None = None
     """Ray cluster to join; default the one of `ray job submit`, else an own one."""
+    decode: Literal["full", "scaled"] = "full"
+    """scaled: JPEGs are decoded at 1/2, 1/4 or 1/8 where that is not below the resized image. Other pixels: another
+    data_id, and all tables that are to be joined must be made so."""
+    plan: bool = False
+    """Print forwards, hours, storage and parts, forecast from one part that is computed here, and do nothing else."""
     max_skipped: float = 0.01
     """Largest share of samples that may be skipped; above it the job ends with exit status 3."""
     attempts: int = 3
@@ -95,6 +100,7 @@ class Context:
     name: str | None
     """Of --name."""
     device: str = "cpu"
+    decode: Literal["full", "scaled"] = "full"
 
     @property
     def table(self) -> str:
@@ -117,7 +123,9 @@ class Context:
             selects: fields of the configuration that only choose slices.
         """
         config = {name: value for name, value in asdict(self.config).items() if name not in selects}
-        decided: dict[str, Any] = json.loads(json.dumps({**config, "split": self.split, **self.identity}))
+        decided: dict[str, Any] = json.loads(
+            json.dumps({**config, "split": self.split, "decode": self.decode, **self.identity})
+        )
         return decided
 
 
@@ -130,8 +138,10 @@ def open_context(options: Options, config: Any, analysis: str, device: str) -> C
         model.network.to(device)
     size = model.preprocessing.crop_px
     graph = trace(model.network, (3, size, size))
-    data_id = index.data_id(options.split)
-    return Context(run, model, graph, index, options.split, data_id, config, analysis, options.name, device)
+    data_id = index.data_id(options.split) + ("" if options.decode == "full" else f"-{options.decode}")
+    return Context(
+        run, model, graph, index, options.split, data_id, config, analysis, options.name, device, options.decode
+    )
 
 
 def read(context: Context, rows: pa.Table, look: Callable[[Sample, int], T]) -> tuple[list[T], list[Skipped]]:
@@ -156,10 +166,10 @@ def read(context: Context, rows: pa.Table, look: Callable[[Sample, int], T]) -> 
 def centre_crops(context: Context, state: Any, rows: pa.Table) -> tuple[Batch | None, list[Skipped]]:
     """What the run's network sees of these rows; no batch where none of them could be read."""
     preprocessing = context.model.preprocessing
+    size = preprocessing.resize_px, preprocessing.crop_px
 
     def look(sample: Sample, number: int) -> Picture:
-        image = images.decode(sample.image)
-        return Picture(sample, number, *images.centre_crop(image, preprocessing.resize_px, preprocessing.crop_px))
+        return Picture(sample, number, *images.input_pixels(sample.image, *size, scaled=context.decode == "scaled"))
 
     pictures, skipped = read(context, rows, look)
     if not pictures:

@@ -15,7 +15,7 @@ from contextlib import nullcontext
 from dataclasses import asdict, replace
 from typing import Any
 
-from pipeline import cluster, tables
+from pipeline import cluster, plan, tables
 from pipeline.actor import PartActor, torch_settings_kept
 from pipeline.analysis import Analysis
 from pipeline.context import Context, Options, open_context
@@ -28,7 +28,7 @@ from pipeline.work import Work, begun, clear_finished, fingerprint, reasons
 
 
 def run(analysis: Analysis, options: Options, config: Any) -> int:
-    """Make the slices that are missing. Returns the exit status: 0, or 3 above --max-skipped.
+    """Make the slices that are missing, or forecast it. Returns the exit status: 0, or 3 above --max-skipped.
 
     Raises: RunError, BadShards, StorageError, CannotSchedule, SweepFailed, each with a message for the user.
     """
@@ -40,12 +40,15 @@ def run(analysis: Analysis, options: Options, config: Any) -> int:
     context = replace(context, config=analysis.resolve(context))
     wanted = {slice_: fingerprint(context, analysis, slice_) for slice_ in analysis.slices(context)}
     missing = _missing(analysis, context, wanted)
+    if missing and options.plan:
+        return plan.forecast(analysis, options, _work(analysis, context, missing))
     if missing:
         _make(analysis, context, options, missing, started)
         say(f"{context.table}: finished in {time.time() - started:.1f} s: {context.run.results(context.table)}")
     else:
         say(f"{context.table}: {_listed(list(wanted))} finished already, in {context.run.results(context.table)}")
-    clear_finished(context, analysis)
+    if not options.plan:
+        clear_finished(context, analysis)
     return _status(context, list(wanted), options.max_skipped)
 
 
@@ -55,8 +58,12 @@ def _missing(analysis: Analysis, context: Context, wanted: dict[str, dict[str, A
     return sorted({slice_ for some in missing for slice_ in some})
 
 
+def _work(analysis: Analysis, context: Context, missing: list[str]) -> Work:
+    return Work.of(context, analysis, begun(context, analysis, missing) or missing)
+
+
 def _make(analysis: Analysis, context: Context, options: Options, missing: list[str], started: float) -> None:
-    work = Work.of(context, analysis, begun(context, analysis, missing) or missing)
+    work = _work(analysis, context, missing)
     work.prepare()
     todo = work.unfinished_parts()
     say(f"{context.table}: {json.dumps(context.decides(analysis.selects))}")

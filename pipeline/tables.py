@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline.storage import Location
@@ -20,6 +21,7 @@ ROW_GROUP_BYTES = 64 * 2**20
 """A row group of a finished table holds at most this many bytes of values."""
 
 _STREAMED_ROWS = 4096
+_COMPRESSION = "zstd"
 
 
 class SchemaError(ValueError):
@@ -130,6 +132,13 @@ def write(
     write_stream(iter([table]), table.schema, location, staging, row_group_bytes)
 
 
+def stored_bytes(table: pa.Table) -> int:
+    """What the table takes as a Parquet file."""
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, compression=_COMPRESSION)
+    return int(sink.getvalue().size)
+
+
 def write_stream(
     tables: Iterator[pa.Table],
     schema: pa.Schema,
@@ -142,7 +151,7 @@ def write_stream(
     Returns: the number of rows. The same tables give the same bytes.
     """
     rows = 0
-    with location.whole_file(staging) as file, pq.ParquetWriter(file, schema, compression="zstd") as writer:
+    with location.whole_file(staging) as file, pq.ParquetWriter(file, schema, compression=_COMPRESSION) as writer:
         for table in tables:
             table = table.cast(schema)
             rows += table.num_rows
@@ -162,8 +171,22 @@ def read(location: Location, columns: list[str] | None = None, filters: Any = No
     return pq.read_table(location.path, columns=columns, filters=filters, filesystem=location.filesystem)
 
 
+def read_equal(location: Location, columns: list[str], name: str, value: str) -> pa.Table:
+    """The rows of a Parquet file whose column `name` has this value: only row groups that may hold it are read.
+
+    The same as `read` with a filter, several times faster for small files.
+    """
+    with location.open() as file:
+        opened = pq.ParquetFile(file)
+        place = opened.schema_arrow.get_field_index(name)
+        ranges = [opened.metadata.row_group(i).column(place).statistics for i in range(opened.num_row_groups)]
+        groups = [i for i, held in enumerate(ranges) if held is None or held.min <= value <= held.max]
+        rows = opened.read_row_groups(groups, [name, *columns])
+    return rows.filter(pc.equal(rows[name], value)).select(columns)
+
+
 def stream(location: Location, columns: list[str]) -> Iterator[pa.Table]:
-    """The rows of a Parquet file in order, some thousands at a time: memory holds no more. Raises: FileNotFoundError."""
+    """The rows of a Parquet file in order, some thousands at a time. Raises: FileNotFoundError."""
     with location.open() as file:
         for batch in pq.ParquetFile(file).iter_batches(_STREAMED_ROWS, columns=columns):
             yield pa.Table.from_batches([batch])

@@ -1,8 +1,8 @@
 """Work under way on storage: which parts, what is committed of them, and who tried how often.
 
 What decides the content of the work is one record: for each slice its fingerprint (configuration, network, images,
-source tables), the samples, and what a part holds. Its hash is the folder's name, every part repeats which samples it holds, and the fold
-checks it: parts of other work can never be taken for ours.
+source tables), the samples, and the columns of a part. Its hash is the folder's name, every part repeats which samples
+it holds, and the fold checks it: parts of other work can never be taken for ours.
 """
 
 from __future__ import annotations

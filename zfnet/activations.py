@@ -21,7 +21,7 @@ from torch import Tensor
 NONE = np.iinfo(np.int64).max
 """Sample number of an empty place of a TopK; sorts last."""
 
-_CACHE_BYTES = 2**20
+_CACHE_BYTES = 2**19
 """Of a core's cache: activations that are reduced together on a CPU."""
 
 Ints = npt.NDArray[np.int64]
@@ -84,17 +84,18 @@ def strongest(activation: Tensor) -> Strongest:
     if activation.dim() == 2:
         activation = activation[:, :, None, None]
     images, channels, rows, columns = activation.shape
-    # On a CPU all four reductions of a few images are done while these are in the cache; a GPU takes all at once.
+    maps = activation.reshape(images * channels, rows, columns)
+    # On a CPU all four reductions of a few maps are done while these are in the cache; a GPU takes all at once.
     on_cpu = activation.device.type == "cpu"
-    together = max(1, _CACHE_BYTES // (4 * channels * rows * columns)) if on_cpu else images
-    above = torch.empty(min(together, images), channels, rows * columns, device=activation.device)
-    pieces = [_reduce(piece, above[: len(piece)]) for piece in activation.split(together)]
-    value, position, total, active = zip(*pieces, strict=True)
+    together = min(len(maps), max(1, _CACHE_BYTES // (4 * rows * columns))) if on_cpu else len(maps)
+    above = torch.empty(together, rows * columns, device=activation.device)
+    pieces = [_reduce(piece, above[: len(piece)]) for piece in maps.split(together)]
+    value, position, total, active = (torch.cat(column).view(images, channels) for column in zip(*pieces, strict=True))
     found = Strongest(
-        value=torch.cat(value).to(torch.float32).cpu().numpy(),
-        position=torch.cat(position).cpu().numpy(),
-        total=torch.stack(total).sum(0).cpu().numpy(),
-        active=torch.stack(active).sum(0).cpu().numpy(),
+        value=value.to(torch.float32).cpu().numpy(),
+        position=position.to(torch.int32).cpu().numpy(),
+        total=total.sum(0).cpu().numpy(),
+        active=active.sum(0, dtype=torch.float64).to(torch.int64).cpu().numpy(),
         shape=(rows, columns),
     )
     if not np.isfinite(found.total).all():
@@ -104,21 +105,20 @@ def strongest(activation: Tensor) -> Strongest:
     return found
 
 
-def _reduce(activation: Tensor, above: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Of [N, C, H, W]: maximum and its first place [N, C]; sum, and number of the cells above zero [C].
+def _reduce(maps: Tensor, above: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Of maps [M, H, W]: maximum, its first place, sum, and number of the cells above zero, each [M].
 
-    `above` is room for a float32 of every cell, [N, C, H * W].
+    `above` is room for a float32 of every cell, [M, H * W].
     """
-    maps = activation.flatten(2)
-    if maps.device.type == "cpu":  # torch's argmax is scalar code there, NumPy's is not: four times faster
-        position = torch.from_numpy(maps.numpy().argmax(-1))
-        value = maps.gather(-1, position[..., None])[..., 0]
+    flat = maps.flatten(1)
+    if flat.device.type == "cpu":  # torch's argmax is scalar code there, NumPy's is not: four times faster
+        position = torch.from_numpy(flat.numpy().argmax(-1))
+        value = flat.gather(-1, position[:, None])[:, 0]
     else:
-        value, position = maps.max(-1)  # documented: the first of equal maxima
-    total = activation.sum(-1).sum((0, 2), dtype=torch.float64)  # float32 within a row of a map only
+        value, position = flat.max(-1)  # documented: the first of equal maxima
+    total = maps.sum(-1).sum(-1, dtype=torch.float64)  # float32 within a row of a map only
     # Ones as floats add up much faster than booleans do, and exactly: a map has fewer than 2^24 cells.
-    active = torch.gt(maps, 0, out=above).sum(-1).sum(0, dtype=torch.float64).to(torch.int64)
-    return value, position.to(torch.int32), total, active
+    return value, position, total, torch.gt(flat, 0, out=above).sum(-1)
 
 
 @dataclass(frozen=True, eq=False)

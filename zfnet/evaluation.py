@@ -23,6 +23,8 @@ from zfnet.graph import Graph
 from zfnet.images import Pixels, Preprocessing
 
 Views = Literal["centre", "ten"]
+VIEWS: dict[Views, int] = {"centre": 1, "ten": 10}
+"""How many they are."""
 
 TOP = 5
 """Classes that are kept of each image."""

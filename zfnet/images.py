@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import io
 import warnings
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -130,6 +131,44 @@ def decode(data: bytes) -> Image.Image:
 
     Raises: BadImage with reason "empty_file", "bad_image" or "too_large".
     """
+    return _load(_open(data))
+
+
+def input_pixels(data: bytes, resize_px: int, crop_px: int, scaled: bool = False) -> tuple[Pixels, Crop]:
+    """`decode`, then `centre_crop`.
+
+    Args:
+        data: bytes of the image.
+        resize_px: side to which the smallest side is resized.
+        crop_px: side of the crop.
+        scaled: decode a JPEG at the smallest of 1/8, 1/4, 1/2 and all of its size that is not below the resized
+            one, out of the low frequencies of its DCT blocks. Faster, and not the same pixels: the inverse transform's
+            filter takes the place of a part of the bilinear one.
+    """
+    resized, original = _decode_resized(data, resize_px, scaled)
+    return _crop(resized, original, crop_px)
+
+
+def decode_resized(data: bytes, sides: Collection[int], scaled: bool = False) -> dict[int, Image.Image]:
+    """`decode`, then `resize` to each of these sides; decoded once, but for each where `scaled` (see input_pixels)."""
+    if scaled:
+        return {side: _decode_resized(data, side, scaled)[0] for side in sides}
+    image = decode(data)
+    return {side: resize(image, side) for side in sides}
+
+
+def _decode_resized(data: bytes, resize_px: int, scaled: bool) -> tuple[Image.Image, tuple[int, int]]:
+    """The resized image, and width and height of the original."""
+    image = _open(data)
+    original = image.size
+    size = _resized(*original, resize_px)
+    # The scaled image may end in a piece of a pixel: the box is where the whole one lies in it.
+    drafted = image.draft(None, size) if scaled else None
+    return _resize(_load(image), size, drafted[1] if drafted else None), original
+
+
+def _open(data: bytes) -> Image.Image:
+    """The image's header, checked; its pixels are not decoded yet."""
     if not data:
         raise BadImage("empty_file", "0 bytes")
     try:
@@ -143,6 +182,10 @@ def decode(data: bytes) -> Image.Image:
     except Exception as error:
         raise BadImage("bad_image", f"{len(data)} bytes: {error}") from None
     _bound(image.width, image.height)
+    return image
+
+
+def _load(image: Image.Image) -> Image.Image:
     try:
         return image.convert("RGB")
     except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, struct.error, ...
@@ -159,22 +202,36 @@ def resize(image: Image.Image, smallest_side_px: int) -> Image.Image:
 
     Raises: BadImage("too_large") where a very long image would become too large.
     """
-    short, long = sorted((image.width, image.height))
+    return _resize(image, _resized(image.width, image.height, smallest_side_px))
+
+
+def _resized(width: int, height: int, smallest_side_px: int) -> tuple[int, int]:
+    """Width and height of the resized image."""
+    short, long = sorted((width, height))
     longer = int(smallest_side_px * long / short)
-    width, height = (smallest_side_px, longer) if image.width <= image.height else (longer, smallest_side_px)
-    _bound(width, height)
-    if (width, height) == image.size:
-        return image
-    return image.resize((width, height), Image.Resampling.BILINEAR)
+    size = (smallest_side_px, longer) if width <= height else (longer, smallest_side_px)
+    _bound(*size)
+    return size
+
+
+def _resize(
+    image: Image.Image, size: tuple[int, int], box: tuple[float, float, float, float] | None = None
+) -> Image.Image:
+    return image if size == image.size and box is None else image.resize(size, Image.Resampling.BILINEAR, box)
 
 
 def centre_crop(image: Image.Image, resize_px: int, crop_px: int) -> tuple[Pixels, Crop]:
     """The network's own input pixels: uint8 [crop_px, crop_px, 3] RGB, and where they lie in the image."""
-    resized = resize(image, resize_px)
+    return _crop(resize(image, resize_px), image.size, crop_px)
+
+
+def _crop(resized: Image.Image, original: tuple[int, int], crop_px: int) -> tuple[Pixels, Crop]:
+    """The centre of a resized image; `original` is width and height of the image in its file."""
+    width, height = original
     top, left = centre_offset(resized.height, crop_px), centre_offset(resized.width, crop_px)
     crop = Crop(
-        image_height=image.height,
-        image_width=image.width,
+        image_height=height,
+        image_width=width,
         resized_height=resized.height,
         resized_width=resized.width,
         top=top,

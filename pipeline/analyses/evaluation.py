@@ -248,10 +248,10 @@ def prepare(context: Context, networks: list[Network], rows: pa.Table) -> tuple[
     """The images with a label, decoded once, and cropped once for all networks of one geometry."""
     rows, unlabelled = with_label(rows, len(context.index.classes))
     geometries = sorted({network.geometry for network in networks})
+    sides = {resize_px for resize_px, _ in geometries}
 
     def look(sample: Sample, number: int) -> Viewed:
-        image = images.decode(sample.image)
-        resized = {resize_px: images.resize(image, resize_px) for resize_px, _ in geometries}
+        resized = images.decode_resized(sample.image, sides, scaled=context.decode == "scaled")
         return Viewed(sample, {g: evaluation.crops(resized[g[0]], *g, context.config.views) for g in geometries})
 
     viewed, skipped = read(context, rows, look)
@@ -390,5 +390,6 @@ ANALYSIS = Analysis(
     map_batch=map_batch,
     reduce_part=reduce_part,
     fold=fold,
+    forwards=lambda context: (1 + len(context.config.others)) * evaluation.VIEWS[context.config.views],
     expected_rows=expected_rows,
 )

@@ -49,8 +49,8 @@ class Block:
 
     def part(self, start: int, stop: int) -> Block:
         """Those of its maps from the start-th to before the stop-th."""
-        columns = (column[:, start:stop] for column in (self.maxima, self.row, self.col))
-        return Block(self.first + start, *columns)
+        chosen = np.s_[:, start:stop]
+        return Block(self.first + start, self.maxima[chosen], self.row[chosen], self.col[chosen])
 
 
 @dataclass(frozen=True, eq=False)

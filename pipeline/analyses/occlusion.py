@@ -247,6 +247,7 @@ ANALYSIS = Analysis(
     map_batch=map_batch,
     reduce_part=reduce_part,
     fold=fold,
+    forwards=lambda context: 1 + grid_of(context).rows * grid_of(context).cols,
     expected_rows=expected_rows,
     selects=(),
 )

@@ -41,7 +41,7 @@ class Config:
     """Images kept for each feature map."""
     part_size: int = 256
     """Samples of a part, the unit of work and of resume."""
-    batch_size: int = 32
+    batch_size: int = 16
     """Images that go through the network together."""
     maxima_gb: float = 4.0
     """Keep every image's maxima (table maxima) if those of all layers asked for take less; 0: never."""
@@ -134,7 +134,9 @@ def resolve(context: Context) -> Config:
     images = context.index.split(context.split).num_rows
     takes = MAXIMA_BYTES * images * sum(_maps(context, layer) for layer in slices(context)) / 1e9
     if config.maxima_gb and takes > config.maxima_gb:
-        say(f"{context.table}: the maxima would take {takes:.1f} GB and are not kept (--maxima-gb {config.maxima_gb:g})")
+        say(
+            f"{context.table}: the maxima would take {takes:.1f} GB and are not kept (--maxima-gb {config.maxima_gb:g})"
+        )
         return replace(config, maxima_gb=0.0)
     return config
 
@@ -252,7 +254,7 @@ def _maxima(context: Context, layer: str, parts: list[Location], samples: pa.Tab
     columns, room = ["number", "maxima", "positions", "map_width", "cells"], tables.ROW_GROUP_BYTES
     gathered, size = [MAXIMA.empty_table()], 0
     for part in parts:
-        for row in _rows(tables.read(part, columns, [("layer", "=", layer)])):
+        for row in _rows(tables.read_equal(part, columns, "layer", layer)):
             gathered.append(_images(context, layer, row, samples))
             size += gathered[-1].nbytes
         if size > room:

@@ -107,9 +107,7 @@ def test_groups_are_their_definition_bit_for_bit(swept, per_class, k):
                 members = [entry for entry in entries if class_ is None or labels[entry[1]] == class_]
                 for group in ("top", "q1", "q0.5", "q0.1", "bottom"):
                     chosen = by_definition(members, group, k)
-                    wanted += [
-                        (class_, group, feature_map, rank, *entry) for rank, entry in enumerate(chosen, start=1)
-                    ]
+                    wanted += [(class_, group, feature_map, rank, *entry) for rank, entry in enumerate(chosen, start=1)]
         assert rows(run, "groups", layer, "class", "group", *ENTRY) == wanted
 
 
@@ -117,7 +115,7 @@ def test_a_quantile_lies_in_the_middle_of_its_group(swept):
     run, _ = swept
     run_groups(run, k=5, quantiles=(0.5,))
     frame = pd.read_parquet(run / "results" / "groups").query("layer == 'conv1'")
-    alive = {m: sorted(v for v, in some) for m, some in _alive(run, "conv1").items()}
+    alive = {m: sorted(v for (v,) in some) for m, some in _alive(run, "conv1").items()}
     for feature_map, some in frame[frame.group == "q0.5"].groupby("feature_map"):
         values = alive[feature_map]
         assert some.activation.iloc[2] == values[math.ceil(len(values) / 2) - 1]

@@ -495,8 +495,9 @@ def test_deconv_is_made_again_for_another_top9(make_run, make_shards):
     run_top9(run, data, layers=("conv2",), k=9, name="nine")
     with pytest.raises(RunError, match="run jobs/top9.py first"):
         run_deconv(run, data)
-    shutil.rmtree(run / "results" / "feature_maps")
-    shutil.rmtree(run / "results" / "manifests" / "feature_maps")
+    for table in ("feature_maps", "maxima"):
+        shutil.rmtree(run / "results" / table)
+        shutil.rmtree(run / "results" / "manifests" / table)
     run_top9(run, data, layers=("conv2",), k=9)
     with pytest.raises(RunError, match="sources: finished with"):
         run_deconv(run, data)

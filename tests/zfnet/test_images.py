@@ -147,3 +147,29 @@ def test_ten_crops_are_corners_centre_and_reflections():
         plain = square[tops[i] : tops[i] + 32, lefts[i] : lefts[i] + 32]
         assert np.array_equal(crops[i], plain)
         assert np.array_equal(crops[i + 5], plain[:, ::-1])
+
+
+@pytest.mark.parametrize("size", [(512, 384), (403, 301), (64, 300), (80, 80)])
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+def test_scaled_decoding_is_close_and_keeps_the_geometry(size, mode):
+    rng = np.random.default_rng(0)
+    smooth = Image.fromarray(rng.integers(0, 256, (9, 9, 3), dtype=np.uint8)).resize(size, Image.Resampling.BICUBIC)
+    buffer = io.BytesIO()
+    smooth.convert(mode).save(buffer, "JPEG", quality=95)
+    exact, crop = images.centre_crop(images.decode(buffer.getvalue()), 48, 40)
+    whole, same_crop = images.input_pixels(buffer.getvalue(), 48, 40)
+    scaled, scaled_crop = images.input_pixels(buffer.getvalue(), 48, 40, scaled=True)
+    assert np.array_equal(whole, exact)
+    assert crop == same_crop == scaled_crop
+    assert (crop.image_width, crop.image_height) == size
+    assert scaled.shape == exact.shape
+    assert np.abs(scaled.astype(int) - exact).mean() < 2
+    assert np.array_equal(scaled, exact) == (min(size) < 96)
+
+
+def test_scaled_decoding_leaves_other_formats_alone():
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (200, 300, 3), dtype=np.uint8))
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG")
+    one, other = (images.input_pixels(buffer.getvalue(), 48, 40, scaled=scaled)[0] for scaled in (False, True))
+    assert np.array_equal(one, other)
