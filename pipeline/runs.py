@@ -42,9 +42,19 @@ class Model:
 
     network: nn.Module
     architecture: str
+    """What `zfnet.models.build` calls it."""
     classes: tuple[str, ...]
+    """Names of the network's outputs; none where it ends in feature maps."""
     preprocessing: Preprocessing
     model_id: str
+
+    def require_classes(self, job: str) -> None:
+        """Raises: RunError where the network has no classes, which `job` cannot do without."""
+        if not self.classes:
+            raise RunError(
+                f"{job} needs class probabilities, and the network {self.architecture} of this run has no classifier: "
+                "give a --run whose network has one (top9, deconv and the atlas work on this one)"
+            )
 
 
 def identity(architecture: str, preprocessing: Preprocessing, weights: dict[str, torch.Tensor]) -> str:
@@ -79,7 +89,8 @@ class Run:
         except FileNotFoundError:
             raise RunError(
                 f"there is no trained model in {self.location}: train one with "
-                f"`python jobs/train.py --run {self.location}`, or give --run a run that has one"
+                f"`python jobs/train.py --run {self.location}`, import one with jobs/import_model.py, or give --run a "
+                "run that has one"
             ) from None
         except ValueError as error:
             raise RunError(f"run.json in {self.location} is damaged ({error}): bring it back or train again") from None
@@ -121,8 +132,8 @@ class Run:
             mean, std = tensors.pop(_MEAN), tensors.pop(_STD)
             preprocessing = Preprocessing(**described["preprocessing"], mean=mean, std=std)
             classes = tuple(described["classes"])
-            network = models.build(described["architecture"], classes=len(classes)).eval()
-            network.load_state_dict(tensors)
+            network = models.build(described["architecture"], len(classes) or models.CLASSES).eval()
+            models.load_tensors(network, tensors)
         except (FileNotFoundError, KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
             raise RunError(
                 f"the model of {self.location} cannot be loaded: {str(error).strip()}; {path} and run.json must come "

@@ -38,6 +38,8 @@ def run(analysis: Analysis, options: Options, config: Any) -> int:
     options = resolved
     context = open_context(options, config, analysis.table, "cpu")
     context = replace(context, config=analysis.resolve(context))
+    if context.graph.unknown:
+        say(f"{context.table}: {context.graph.limits()}")
     wanted = {slice_: fingerprint(context, analysis, slice_) for slice_ in analysis.slices(context)}
     missing = _missing(analysis, context, wanted)
     if missing and options.plan:

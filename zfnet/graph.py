@@ -108,6 +108,30 @@ class Graph:
         """Names of the operations that are run but not understood."""
         return tuple(op.name for op in self.operations.values() if op.kind == "unknown")
 
+    def limits(self, shown: int | None = 6) -> str:
+        """What is not understood, by name, and what still works: for a reader, before any work starts.
+
+        Args:
+            shown: names of each sort at most; None: all.
+        """
+        sorts: dict[str, list[str]] = {}
+        for name in self.unknown:
+            module = self.operations[name].module
+            sorts.setdefault(type(module).__name__ if module else name.rstrip("_0123456789"), []).append(name)
+        named = [
+            f"{sort}: {', '.join(names[:shown])}" + (" ..." if shown and len(names) > shown else "")
+            for sort, names in sorts.items()
+        ]
+        beneath = [layer for layer in self.layers if not self._has_unknown(self.ancestors([self.activation_of(layer)]))]
+        return (
+            f"{len(self.unknown)} of {len(self.operations)} operations are not understood ({'; '.join(named)}). "
+            "Sweeps work on every layer, and occlusion, which runs the network whole from there on. Projections work "
+            f"for the layers beneath all of them: {', '.join(beneath) or 'none'}"
+        )
+
+    def _has_unknown(self, names: Collection[str]) -> bool:
+        return any(self.operations[name].kind == "unknown" for name in names)
+
     @property
     def last_convolution(self) -> str:
         """Name of the last convolution that the output depends on; ValueError where there is none."""

@@ -72,9 +72,9 @@ class Preprocessing:
     maximum: float = 255.0
     """White, before the mean is subtracted: 255 (the papers, Caffe) or 1 (torchvision)."""
     mean: Tensor = field(default_factory=lambda: torch.zeros(3, 1, 1))
-    """[3, 1, 1], or per pixel [3, resize_px, resize_px], in the network's channel order and range."""
+    """[3, 1, 1], or per pixel [3, resize_px, resize_px], in the network's channel order and range; zeros: none."""
     std: Tensor = field(default_factory=lambda: torch.ones(3, 1, 1))
-    """[3, 1, 1], divides after the mean is subtracted."""
+    """[3, 1, 1], in the network's channel order and range; divides after the mean is subtracted."""
 
     def __post_init__(self) -> None:
         if not 1 <= self.crop_px <= self.resize_px:
@@ -82,6 +82,18 @@ class Preprocessing:
                 f"crop {self.crop_px} px does not fit into an image resized to {self.resize_px} px: "
                 "give a crop of at least 1 px and at most the resized side"
             )
+        if self.channels not in ("RGB", "BGR"):
+            raise ValueError(f"channels is {self.channels!r}: give 'RGB' or 'BGR'")
+        if not self.maximum > 0:
+            raise ValueError(f"maximum is {self.maximum}: give what white is to the network, as 255 or 1")
+        per_channel, per_pixel = (3, 1, 1), (3, self.resize_px, self.resize_px)
+        if tuple(self.mean.shape) not in (per_channel, per_pixel):
+            raise ValueError(
+                f"the mean has shape {tuple(self.mean.shape)}: give {per_channel}, or {per_pixel} for an image resized "
+                f"to {self.resize_px} px"
+            )
+        if tuple(self.std.shape) != per_channel or not bool((self.std > 0).all()):
+            raise ValueError(f"std is {self.std.flatten().tolist()}: give three numbers above zero")
 
     def describe(self) -> dict[str, Any]:
         """The fields that are not tensors, for run.json; the tensors are stored with the weights."""

@@ -55,11 +55,11 @@ class Config:
                 raise RunError(f"--{name.replace('_', '-')} is {getattr(self, name)}: give at least 1")
 
 
-WITH_MODEL_IDS = tables.column(
+_WITH_MODEL_IDS = tables.column(
     "with_model_ids", pa.list_(pa.string()), "Further networks over which the softmax was averaged; empty: none."
 )
-VIEWS = tables.column("views", pa.string(), "Views of an image over which the softmax was averaged: centre or ten.")
-_HOW = [tables.MODEL_ID, WITH_MODEL_IDS, tables.DATA_ID, VIEWS]
+_VIEWS = tables.column("views", pa.string(), "Views of an image over which the softmax was averaged: centre or ten.")
+_HOW = [tables.MODEL_ID, _WITH_MODEL_IDS, tables.DATA_ID, _VIEWS]
 _IMAGES = tables.column("images", pa.int64(), "Images that were evaluated.")
 _PREDICTED = [
     tables.column("predicted_class", pa.int32(), "Most probable class; of equals the one with the lowest number."),

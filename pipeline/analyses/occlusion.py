@@ -110,6 +110,7 @@ OCCLUSION = pa.schema(
 
 def slices(context: Context) -> list[str]:
     """One. Raises: RunError for a square that does not fit, for keys or classes that do not occur."""
+    context.model.require_classes(context.analysis)
     grid_of(context)
     samples(context, [SLICE])
     return [SLICE]
