@@ -17,6 +17,7 @@ from pipeline.context import Context
 from zfnet.deconv import Semantics
 
 SEMANTICS_COLUMNS = [
+    tables.column("cells", pa.string(), "What is projected: the one cell, or all cells of its feature map at once."),
     tables.column("seed", pa.string(), "What is fed in at the cell: its activation, or one."),
     tables.column("unpool", pa.string(), "What happens where overlapping pooling windows share a switch."),
     tables.column("normalisation", pa.string(), "Contrast normalisation on the way down: identity or gradient."),

@@ -10,6 +10,7 @@ Samples are integers whose order is the order of their keys; -1 never occurs, `N
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -84,12 +85,11 @@ def strongest(activation: Tensor) -> Strongest:
     if activation.dim() == 2:
         activation = activation[:, :, None, None]
     images, channels, rows, columns = activation.shape
-    maps = activation.reshape(images * channels, rows, columns)
     # On a CPU all four reductions of a few maps are done while these are in the cache; a GPU takes all at once.
     on_cpu = activation.device.type == "cpu"
-    together = min(len(maps), max(1, _CACHE_BYTES // (4 * rows * columns))) if on_cpu else len(maps)
-    above = torch.empty(together, rows * columns, device=activation.device)
-    pieces = [_reduce(piece, above[: len(piece)]) for piece in maps.split(together)]
+    together = max(1, _CACHE_BYTES // (4 * rows * columns)) if on_cpu else images * channels
+    above = torch.empty(min(together, images * channels), rows * columns, device=activation.device)
+    pieces = [_reduce(piece, above[: len(piece)]) for piece in _maps(activation, together)]
     value, position, total, active = (torch.cat(column).view(images, channels) for column in zip(*pieces, strict=True))
     found = Strongest(
         value=value.to(torch.float32).cpu().numpy(),
@@ -103,6 +103,17 @@ def strongest(activation: Tensor) -> Strongest:
         if len(broken):
             raise NotFinite(*(int(v) for v in broken[0]))
     return found
+
+
+def _maps(activation: Tensor, together: int) -> Iterator[Tensor]:
+    """All maps, so many at a time, each of them contiguous; a piece is good until the next one is asked for."""
+    if activation.is_contiguous() or activation.device.type != "cpu":
+        yield from activation.flatten(0, 1).split(together)
+        return
+    # Channels lie innermost, as in a convolution of such an image: turned one image at a time, in room that stays.
+    image = torch.empty(activation.shape[1:], dtype=activation.dtype)
+    for turned in activation:
+        yield from image.copy_(turned).split(together)
 
 
 def _reduce(maps: Tensor, above: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

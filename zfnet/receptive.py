@@ -44,7 +44,7 @@ def receptive_field(graph: Graph, layer: str) -> ReceptiveField:
     layers and above any operation whose windows are not known. Raises UnknownLayer for an unknown name.
     """
     seen = fields_beneath(graph, layer)
-    return seen.get(graph.input, _whole(graph, graph.input))
+    return seen.get(graph.input, whole_map(graph, graph.input))
 
 
 def fields_beneath(graph: Graph, layer: str, inside: bool = False) -> Mapping[str, ReceptiveField]:
@@ -54,14 +54,14 @@ def fields_beneath(graph: Graph, layer: str, inside: bool = False) -> Mapping[st
     """
     fields = {graph[layer].name: ReceptiveField((1, 1), (0, 0), (1, 1))}
     if len(graph[layer].shape) != 3:
-        fields[layer] = _whole(graph, layer)
+        fields[layer] = whole_map(graph, layer)
     for name in reversed(graph.ancestors([layer])):
         op = graph.operations[name]
         for source in dict.fromkeys(op.inputs):
             below = _one_step_down(graph, name, source, fields[name])
             if source in fields:
-                below = _union(fields[source], below, _whole(graph, source))
-            fields[source] = _inside(below, _whole(graph, source)) if inside else below
+                below = _union(fields[source], below, whole_map(graph, source))
+            fields[source] = _inside(below, whole_map(graph, source)) if inside else below
     return fields
 
 
@@ -78,7 +78,7 @@ def beneath(field: ReceptiveField, window: Window) -> ReceptiveField:
 
 def _one_step_down(graph: Graph, name: str, source: str, field: ReceptiveField) -> ReceptiveField:
     """From what is seen of an operation's output to what is seen of one of its inputs."""
-    op, whole = graph.operations[name], _whole(graph, source)
+    op, whole = graph.operations[name], whole_map(graph, source)
     if op.pointwise and len(op.shape) == 3 and graph.operations[source].shape[1:] == op.shape[1:]:
         return field
     if op.window is None:
@@ -87,8 +87,8 @@ def _one_step_down(graph: Graph, name: str, source: str, field: ReceptiveField) 
     return _field([axis if axis[0] else all_of_it for axis, all_of_it in below])
 
 
-def _whole(graph: Graph, name: str) -> ReceptiveField:
-    """The whole map of an operation; units and values are a map of one cell."""
+def whole_map(graph: Graph, name: str) -> ReceptiveField:
+    """The whole map of an operation, whatever the cell; units and values are a map of one cell."""
     shape = graph.operations[name].shape
     rows, cols = shape[1:] if len(shape) == 3 else (1, 1)
     return ReceptiveField((0, 0), (0, 0), (rows, cols))

@@ -1,8 +1,9 @@
 """Deconvnet projections of the top-9 cells, beside the patches that caused them (ZFNet section 2.1, figure 2).
 
 A row for each row of `top9`: the projection down to input pixels, cut to the image; the patch, which is the
-receptive field's crop of the network's own input; and its box in the original image's pixels. Each image is run
-forward once for all its cells, and every activation must come back as it was recorded.
+receptive field's crop of the network's own input; and its box in the original image's pixels. With
+`--semantics.cells all` it is the cell's whole feature map that is projected, over the whole image. Each image is run
+forward at most once for all its cells, and every activation must come back as it was recorded.
 """
 
 from __future__ import annotations
@@ -48,9 +49,11 @@ class Config:
     """Images of a part, the unit of work and of resume."""
     batch_size: int = 16
     """Images that go through the network together."""
+    memory_mb: float = deconv.MEMORY_MB
+    """Megabytes that windows on their way to the pixels take together, beside the images' own forward pass."""
 
     def __post_init__(self) -> None:
-        for name in ("part_size", "batch_size"):
+        for name in ("part_size", "batch_size", "memory_mb"):
             if getattr(self, name) < 1:
                 raise RunError(f"--{name.replace('_', '-')} is {getattr(self, name)}: give at least 1")
 
@@ -90,9 +93,10 @@ def resolve(context: Context) -> Config:
 
 def _bytes_of(context: Context, layer: str) -> int:
     """Bytes of a projection as float32."""
-    field_ = receptive_field(context.graph, layer)
-    _, _, height, width = field_.box(0, 0)
     size = context.model.preprocessing.crop_px
+    _, _, height, width = receptive_field(context.graph, layer).box(0, 0)
+    if context.config.semantics.cells == "all":
+        height = width = size
     return 12 * min(int(height), size) * min(int(width), size)
 
 
@@ -168,18 +172,20 @@ def setup(context: Context, layers: list[str]) -> dict[str, LayerCells]:
 
 def map_batch(context: Context, cells: dict[str, LayerCells], batch: Batch) -> pa.Table:
     """The rows of all cells that lie in these images."""
-    record = deconv.record(context.graph, batch.x, list(cells), context.config.semantics)
-    pieces = []
-    for layer, layer_cells in cells.items():
-        image, chosen = _chosen(layer_cells, batch.pictures)
-        if not len(chosen):
-            continue
-        rows = layer_cells.rows.take(pa.array(chosen))
-        where = Cells(*(torch.as_tensor(a.astype(np.int64), device=batch.x.device) for a in _places(image, rows)))
-        _require_same(context, record.activation(layer), where, rows, layer_cells.maximum)
-        projections = deconv.project(record, layer, where)
-        pieces.append(_rows(context, rows, [batch.pictures[i] for i in image], projections))
-    return pa.concat_tables(pieces) if pieces else schema(context.config).empty_table()
+    chosen = {layer: _chosen(layer_cells, batch.pictures) for layer, layer_cells in cells.items()}
+    chosen = {layer: (image, rows) for layer, (image, rows) in chosen.items() if len(rows)}
+    rows_of = {layer: cells[layer].rows.take(pa.array(rows)) for layer, (_, rows) in chosen.items()}
+    where = {layer: _places(image, rows_of[layer]) for layer, (image, _) in chosen.items()}
+    config: Config = context.config
+    pieces = [schema(config).empty_table()]
+    for layer, which, activation, projections in deconv.project_images(
+        context.graph, batch.x, where, config.semantics, config.memory_mb
+    ):
+        some = which.cpu().numpy()
+        rows = rows_of[layer].take(pa.array(some))
+        _require_same(context, activation.cpu().numpy(), rows, cells[layer].maximum)
+        pieces.append(_rows(context, rows, [batch.pictures[i] for i in chosen[layer][0][some]], projections))
+    return pa.concat_tables(pieces)
 
 
 def _chosen(cells: LayerCells, pictures: list[Picture]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
@@ -190,14 +196,13 @@ def _chosen(cells: LayerCells, pictures: list[Picture]) -> tuple[npt.NDArray[np.
     return image, np.concatenate(rows)
 
 
-def _places(image: npt.NDArray[np.int64], rows: pa.Table) -> list[npt.NDArray[np.int64]]:
-    return [image, *(rows[name].to_numpy() for name in ("feature_map", "row", "col"))]
+def _places(image: npt.NDArray[np.int64], rows: pa.Table) -> Cells:
+    columns = [image, *(rows[name].to_numpy() for name in ("feature_map", "row", "col"))]
+    return Cells(*(torch.as_tensor(column.astype(np.int64)) for column in columns))
 
 
-def _require_same(context: Context, activation: torch.Tensor, where: Cells, rows: pa.Table, maximum: float) -> None:
+def _require_same(context: Context, again: npt.NDArray[np.float32], rows: pa.Table, maximum: float) -> None:
     """What the sweep recorded must come back: a cheap check of the whole way from shard to cell."""
-    maps = activation if activation.dim() == 4 else activation[:, :, None, None]
-    again = maps[where.image, where.feature_map, where.row, where.col].cpu().numpy()
     recorded = rows["activation"].to_numpy()
     worst = int(np.argmax(np.abs(again - recorded)))  # NaN is the largest
     if not abs(float(again[worst] - recorded[worst])) <= AGREES_WITHIN * maximum:  # NaN agrees with nothing

@@ -1,19 +1,21 @@
 """Occlusion: what the network sees when a grey square hides part of the image (ZFNet section 4.2, figure 7).
 
-A row for each image: the three maps of the paper over the square's positions (the summed activation of the
-strongest feature map of the last convolution layer, the probability of the true class, the most probable class),
-all from one set of forwards, with the grid's geometry, the clean prediction, and the strongest map's projection.
+A row for each image and size of the occluder: the three maps of the paper over the square's positions (the summed
+activation of the strongest feature map of the last convolution layer, the probability of the true class, the most
+probable class), all from one set of forwards, with the grid's geometry, the clean prediction, and the strongest map's
+projection.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
+from torch import Tensor
 
 from pipeline import tables
 from pipeline.analysis import Analysis, Finished
@@ -23,7 +25,7 @@ from pipeline.runs import RunError
 from pipeline.storage import Location
 from zfnet import deconv
 from zfnet.deconv import Cells, Semantics
-from zfnet.occlusion import Grid, Sensitivity, sensitivity
+from zfnet.occlusion import Grid, Sensitivity, blurred, sensitivity
 from zfnet.receptive import receptive_field
 
 SLICE = "images"
@@ -39,30 +41,70 @@ class Config:
     """Images of one class, by its name or number."""
     first: int = 9
     """At most this many images, in the order of the shards (of the class, where one is given)."""
-    occluder_px: int | None = None
-    """Side of the square in input pixels; default 50 at an input of 224, in proportion."""
+    occluder_px: tuple[str, ...] = ()
+    """Sides of the occluder in input pixels: 50 for a square, 64x16 for a rectangle (height x width); several give a
+    row each. Default a square of 50 at an input of 224, in proportion."""
     stride_px: int | None = None
-    """Distance of the square's positions in input pixels; default 6 at an input of 224, in proportion."""
-    fill: int = 124
-    """Grey of the square, 0 to 255, filled in before the mean is subtracted."""
+    """Distance of the occluder's positions in input pixels; default 6 at an input of 224, in proportion."""
+    overhang: Literal["leave", "clip"] = "leave"
+    """clip: one more position where the image is not covered to its end, cut off at the border, as captum has it."""
+    fill: str = "124"
+    """What the occluder shows, filled in before the mean is subtracted: a grey from 0 to 255, a colour as R,G,B, mean
+    (the preprocessing's own, for each pixel where it has one) or blur (the image under a Gaussian; sigma is 10 pixels
+    at an input of 224, in proportion)."""
+    refine: float = 1.0
+    """Below 1 the maps are NOT EXACT: every 4th row and column of positions is computed, then this share of all where
+    most changes, and the rest is interpolated. The column `exact` says so."""
+    probabilities: bool = False
+    """Also keep the probabilities of all classes: 4 bytes a position and class (3.6 MB an image for 30 x 30 positions
+    and 1000 classes)."""
     part_size: int = 4
     """Images of a part, the unit of work and of resume."""
-    window_batch: int = 64
-    """Occluded images that go through the network together."""
+    memory_mb: int = 256
+    """Occluded images go through the network so many at a time that they need about this much, for each image that is
+    worked on at once."""
 
     @property
     def batch_size(self) -> int:
         """Images at a time: one, whose occluded copies fill the batch."""
         return 1
 
+    @property
+    def sizes(self) -> list[tuple[int, int] | None]:
+        """Height and width of each occluder; None for the default."""
+        return [_size(text) for text in self.occluder_px] or [None]
+
     def __post_init__(self) -> None:
-        for name in ("first", "part_size", "window_batch"):
+        for name in ("first", "part_size", "memory_mb"):
             if getattr(self, name) < 1:
                 raise RunError(f"--{name.replace('_', '-')} is {getattr(self, name)}: give at least 1")
-        if not 0 <= self.fill <= 255:
-            raise RunError(f"--fill is {self.fill}: give a grey from 0 to 255")
+        if not 0 <= self.refine <= 1:
+            raise RunError(f"--refine is {self.refine}: give a share from 0 to 1; 1 is exact")
+        if len(set(self.sizes)) < len(self.sizes):
+            raise RunError(f"--occluder-px is {' '.join(self.occluder_px)}: give each size once")
+        if self.fill not in ("mean", "blur"):
+            _colour(self.fill)
         if self.keys and self.label is not None:
             raise RunError("--keys and --label were both given: choose images by one of them")
+
+
+def _size(text: str) -> tuple[int, int]:
+    height, _, width = text.partition("x")
+    if not height.isdecimal() or not (width or height).isdecimal():
+        raise RunError(f"--occluder-px is {text!r}: give the side of a square, as 50, or height x width, as 64x16")
+    return int(height), int(width or height)
+
+
+def _colour(text: str) -> tuple[int, ...]:
+    """Red, green and blue, 0 to 255."""
+    parts = text.split(",")
+    if len(parts) not in (1, 3) or not all(part.strip().isdecimal() and int(part) <= 255 for part in parts):
+        raise RunError(f"--fill is {text}: give a grey from 0 to 255, a colour as R,G,B, mean or blur")
+    return tuple(int(part) for part in parts) * (3 // len(parts))
+
+
+BLUR_SHARE = 10 / 224
+"""Sigma of --fill blur, as a share of the input's side."""
 
 
 OCCLUSION = pa.schema(
@@ -82,11 +124,16 @@ OCCLUSION = pa.schema(
         tables.column("clean_probability", pa.float32(), "Probability of target_class without a square."),
         tables.column("grid_rows", pa.int32(), "Rows of the three maps."),
         tables.column("grid_cols", pa.int32(), "Columns of the three maps."),
-        tables.column("occluder_px", pa.int32(), "Side of the square in input pixels."),
+        tables.column("occluder_px", pa.int32(), "Side of the square, height of the rectangle, in input pixels."),
+        tables.column("occluder_width_px", pa.int32(), "Width in input pixels; that of a square is occluder_px."),
         tables.column(
             "stride_px", pa.int32(), "Position (i, j) has its top at i * stride_px, its left at j * stride_px."
         ),
-        tables.column("fill", pa.int32(), "Grey of the square, 0 to 255."),
+        tables.column("fill", pa.string(), "What the occluder shows: a grey 0 to 255, R,G,B, mean or blur."),
+        tables.column("exact", pa.bool_(), "Whether every position was computed; false: interpolated in part."),
+        tables.column(
+            "dense_from", pa.string(), "First operation that was run whole, not in windows; the input where all were."
+        ),
         tables.LAYER,
         tables.FEATURE_MAP,
         tables.column(
@@ -107,11 +154,23 @@ OCCLUSION = pa.schema(
     ]
 )
 
+PROBABILITIES = [
+    tables.column(
+        "probabilities", pa.list_(pa.float32()), "Probabilities of all classes: grid_rows x grid_cols x classes."
+    ),
+    tables.column("probabilities_classes", pa.int32(), "Number of classes in probabilities."),
+]
+
+
+def schema(config: Config) -> pa.Schema:
+    """The table's columns, with the probabilities of all classes where they are asked for."""
+    return pa.schema([*OCCLUSION, *PROBABILITIES]) if config.probabilities else OCCLUSION
+
 
 def slices(context: Context) -> list[str]:
-    """One. Raises: RunError for a square that does not fit, for keys or classes that do not occur."""
+    """One. Raises: RunError for an occluder that does not fit, for keys or classes that do not occur."""
     context.model.require_classes(context.analysis)
-    grid_of(context)
+    grids_of(context)
     samples(context, [SLICE])
     return [SLICE]
 
@@ -130,8 +189,8 @@ def samples(context: Context, slices: list[str]) -> pa.Table:
 
 
 def expected_rows(context: Context, slice_: str, skipped: set[str]) -> int:
-    """A row for each image that could be read."""
-    return int(samples(context, [slice_]).num_rows) - len(skipped)
+    """A row for each size and image that could be read."""
+    return (int(samples(context, [slice_]).num_rows) - len(skipped)) * len(grids_of(context))
 
 
 def _label_number(context: Context, label: str) -> int:
@@ -145,31 +204,57 @@ def _label_number(context: Context, label: str) -> int:
     )
 
 
-def grid_of(context: Context) -> Grid:
-    """The square's positions for this network's input."""
+def grids_of(context: Context) -> list[Grid]:
+    """The positions of every size of the occluder for this network's input."""
     config: Config = context.config
-    try:
-        return Grid.of(context.model.preprocessing.crop_px, config.occluder_px, config.stride_px)
-    except ValueError as error:
-        raise RunError(str(error)) from None
+    side = context.model.preprocessing.crop_px
+    grids = []
+    for size in config.sizes:
+        try:
+            default = Grid.of(side, size and size[0], config.stride_px)
+            width = None if size is None or size[0] == size[1] else size[1]
+            grids.append(replace(default, occluder_width_px=width, overhang=config.overhang))
+        except ValueError as error:
+            raise RunError(str(error)) from None
+    return grids
 
 
 def map_batch(context: Context, state: None, batch: Batch) -> pa.Table:
-    """One image: its maps, and the projection of its strongest cell."""
+    """One image: its maps for every size, and the projection of its strongest cell."""
     (picture,) = batch.pictures
-    preprocessing = context.model.preprocessing
-    side = preprocessing.crop_px
-    grey = torch.full((1, side, side, 3), context.config.fill, dtype=torch.uint8, device=batch.x.device)
-    filled, target = preprocessing.normalise(grey)[0], _target(context, picture)
-    try:
-        found = sensitivity(
-            context.graph, batch.x[0], filled, grid_of(context), target, batch=context.config.window_batch
-        )
-    except ValueError as error:
-        raise RunError(f"sample {picture.sample.key!r}: {error}") from None
-    return tables.conform(
-        {**_describe(context, picture, found), **_strongest_projection(context, batch, found.feature_map)}, OCCLUSION
-    )
+    config: Config = context.config
+    filled, target = _filled(context, batch), _target(context, picture)
+    rows = []
+    for grid in grids_of(context):
+        try:
+            found = sensitivity(
+                context.graph,
+                batch.x[0],
+                filled,
+                grid,
+                target,
+                memory_mb=config.memory_mb,
+                refine=config.refine,
+                all_probabilities=config.probabilities,
+            )
+        except ValueError as error:
+            raise RunError(f"sample {picture.sample.key!r}: {error}") from None
+        projection = _strongest_projection(context, batch, found.feature_map)
+        rows.append(tables.conform({**_describe(context, picture, found), **projection}, schema(config)))
+    return pa.concat_tables(rows)
+
+
+def _filled(context: Context, batch: Batch) -> Tensor:
+    """[3, rows, cols]: what the occluder shows, as the network takes it."""
+    fill, preprocessing = context.config.fill, context.model.preprocessing
+    if fill == "mean":
+        return torch.zeros_like(batch.x[0])  # the mean is what is subtracted
+    pixels = torch.from_numpy(batch.pictures[0].pixels.copy()).to(batch.x.device)
+    if fill == "blur":
+        shown = blurred(pixels, BLUR_SHARE * preprocessing.crop_px)
+    else:
+        shown = torch.tensor(_colour(fill), device=batch.x.device).expand_as(pixels)
+    return preprocessing.normalise(shown[None])[0]
 
 
 def _target(context: Context, picture: Picture) -> int | None:
@@ -195,8 +280,11 @@ def _describe(context: Context, picture: Picture, found: Sensitivity) -> dict[st
         "grid_rows": found.grid.rows,
         "grid_cols": found.grid.cols,
         "occluder_px": found.grid.occluder_px,
+        "occluder_width_px": found.grid.width_px,
         "stride_px": found.grid.stride_px,
         "fill": context.config.fill,
+        "exact": found.exact,
+        "dense_from": found.dense_from,
         "layer": found.layer,
         "feature_map": found.feature_map,
         "image_png": png(picture.pixels),
@@ -205,6 +293,9 @@ def _describe(context: Context, picture: Picture, found: Sensitivity) -> dict[st
         name: [getattr(found, name).flatten().cpu().numpy()]
         for name in ("activation_map", "probability_map", "class_map")
     }
+    if found.probabilities is not None:
+        maps["probabilities"] = [found.probabilities.flatten().cpu().numpy()]
+        row["probabilities_classes"] = found.probabilities.shape[2]
     return {name: [value] for name, value in row.items()} | maps
 
 
@@ -230,25 +321,25 @@ def _strongest_projection(context: Context, batch: Batch, feature_map: int) -> d
 
 def reduce_part(context: Context, results: list[pa.Table]) -> pa.Table:
     """The rows of a part, in index order."""
-    return pa.concat_tables([OCCLUSION.empty_table(), *results])
+    return pa.concat_tables([schema(context.config).empty_table(), *results])
 
 
 def fold(context: Context, parts: list[Location], slices: list[str]) -> Iterator[Finished]:
     """One file, in index order."""
-    yield Finished("occlusion", SLICE, OCCLUSION, (tables.read(part) for part in parts))
+    yield Finished("occlusion", SLICE, schema(context.config), (tables.read(part) for part in parts))
 
 
 ANALYSIS = Analysis(
     table="occlusion",
     tables=("occlusion",),
     module=__name__,
-    part_schema=lambda config: OCCLUSION,
+    part_schema=schema,
     slices=slices,
     samples=samples,
     map_batch=map_batch,
     reduce_part=reduce_part,
     fold=fold,
-    forwards=lambda context: 1 + grid_of(context).rows * grid_of(context).cols,
+    forwards=lambda context: 1 + sum(grid.rows * grid.cols for grid in grids_of(context)),
     expected_rows=expected_rows,
     selects=(),
 )

@@ -33,12 +33,18 @@ class Frame:
     rows: int
     cols: int
     occluder_px: int
+    occluder_width_px: int
     stride_px: int
 
     @property
-    def start(self) -> float:
-        """First pixel of the first cell, from the top and from the left alike."""
+    def top(self) -> float:
+        """First pixel of the first cell, from the top."""
         return (self.occluder_px - self.stride_px) / 2
+
+    @property
+    def left(self) -> float:
+        """First pixel of the first cell, from the left."""
+        return (self.occluder_width_px - self.stride_px) / 2
 
     @property
     def height(self) -> int:

@@ -47,6 +47,8 @@ class Panels:
     frame: Frame
     example: tuple[int, int]
     """Position (row, col) of the square where the target is least probable."""
+    colour: str
+    """In which the square is drawn: its own, or a middle grey where it has more than one."""
     lowest: float
     activation: Heat
     probability: Heat
@@ -113,7 +115,7 @@ def _picture(site: Site, number: int, row: dict[str, Any]) -> Picture:
 
 def _panels(site: Site, number: int, row: dict[str, Any], classes: list[str]) -> Panels:
     """Write the maps and the projection, and say where they lie on the image."""
-    frame = Frame(row["grid_rows"], row["grid_cols"], row["occluder_px"], row["stride_px"])
+    frame = Frame(*(row[name] for name in ("grid_rows", "grid_cols", "occluder_px", "occluder_width_px", "stride_px")))
     grid = (frame.rows, frame.cols)
     activation, probability = (heat(row[f"{name}_map"].reshape(grid)) for name in ("activation", "probability"))
     drawn, legend = class_colours(row["class_map"].reshape(grid), row["target_class"])
@@ -128,12 +130,18 @@ def _panels(site: Site, number: int, row: dict[str, Any], classes: list[str]) ->
         height,
         frame,
         divmod(lowest, frame.cols),
+        _colour(row["fill"]),
         float(row["probability_map"][lowest]),
         activation,
         probability,
         [(entry, _legend_name(entry, classes)) for entry in legend],
         (max(row["top"], 0), max(row["left"], 0), *projection.shape[:2]),
     )
+
+
+def _colour(fill: str) -> str:
+    parts = ["128"] if fill in ("mean", "blur") else fill.split(",")
+    return f"rgb({','.join(parts * (3 // len(parts)))})"
 
 
 def _legend_name(entry: LegendEntry, classes: list[str]) -> str:

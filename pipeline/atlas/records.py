@@ -15,7 +15,7 @@ from pipeline import tables
 from pipeline.runs import Run, RunError
 from pipeline.storage import Location
 
-SEMANTICS = ("seed", "unpool", "normalisation", "relu")
+SEMANTICS = ("cells", "seed", "unpool", "normalisation", "relu")
 _ENTRY = ["feature_map", "rank", "activation", "key", "label", "label_name", "row", "col"]
 _BOX = ["box_top", "box_left", "box_height", "box_width"]
 _STATISTICS = ["feature_map", "images", "mean", "maximum", "active_share", "dead"]

@@ -15,7 +15,7 @@ from pipeline.runs import Run
 ANALYSES = {
     "top9": (top9.ANALYSIS, top9.Config(part_size=8, batch_size=3)),
     "deconv": (deconv.ANALYSIS, deconv.Config(part_size=8, batch_size=3)),
-    "occlusion": (occlusion.ANALYSIS, occlusion.Config(first=3, occluder_px=24, stride_px=20, part_size=2)),
+    "occlusion": (occlusion.ANALYSIS, occlusion.Config(first=3, occluder_px=("24",), stride_px=20, part_size=2)),
 }
 
 

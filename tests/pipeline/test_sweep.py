@@ -22,6 +22,7 @@ from pipeline.work import cut
 from tests.conftest import samples
 from tests.pipeline.exact import assert_same, files, top9_by_definition
 from tests.tars import write_tar
+from zfnet.deconv import Semantics
 from zfnet.graph import UnknownLayer
 
 LAYERS = {f"conv{i}": f"relu{i}" for i in range(1, 6)}
@@ -41,7 +42,7 @@ def run_deconv(run, data, **config):
 
 def run_occlusion(run, data, **config):
     options = Options(run=str(run), data=str(data), workers=IN_PROCESS)
-    small = {"first": 3, "occluder_px": 24, "stride_px": 20, "part_size": 2}
+    small = {"first": 3, "occluder_px": ("24",), "stride_px": 20, "part_size": 2}
     return sweep.run(occlusion.ANALYSIS, options, occlusion.Config(**{**small, **config}))
 
 
@@ -195,6 +196,18 @@ def test_deconv_projects_every_row_of_top9(make_run, make_shards):
         assert row.projection_width == min(row.left + row.width, 64) - max(row.left, 0)
         assert 0 <= row.box_top <= row.box_top + row.box_height <= 80 + 1e-3
         assert 0 <= row.box_left <= row.box_left + row.box_width <= 96 + 1e-3
+
+
+def test_deconv_of_whole_maps_covers_the_image_and_says_so(make_run, make_shards):
+    data, run = make_shards(val=[6]), make_run()
+    run_top9(run, data, layers=("conv2",))
+    assert run_deconv(run, data, semantics=Semantics(cells="all", seed="one", normalisation="gradient")) == 0
+    rows = pd.read_parquet(run / "results" / "deconv")
+    assert set(zip(rows.projection_height, rows.projection_width, strict=True)) == {(64, 64)}
+    made_with = rows[["cells", "seed", "unpool", "normalisation", "relu"]].drop_duplicates().to_dict("records")
+    assert made_with == [
+        {"cells": "all", "seed": "one", "unpool": "sum", "normalisation": "gradient", "relu": "deconvnet"}
+    ]
 
 
 def test_deconv_does_not_care_how_its_work_is_cut(make_run, make_shards, tmp_path):

@@ -85,6 +85,14 @@ def test_fully_connected_layers_are_maps_of_one_cell():
     assert entries(flat) == entries(TopK.of(strongest(activation), np.arange(5), 3))
 
 
+def test_the_layout_in_memory_changes_nothing():
+    activation = batches(3, 5, maps=7, side=6)
+    turned = activation.to(memory_format=torch.channels_last)
+    one, other = strongest(activation), strongest(turned)
+    for name in ("value", "position", "total", "active"):
+        assert np.array_equal(getattr(one, name), getattr(other, name)), name
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 def test_what_is_not_finite_fails_and_names_the_image(value):
     activation = batches(2, 4)

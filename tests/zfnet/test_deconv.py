@@ -1,6 +1,7 @@
 """Projections against the paper's definition written out cell by cell, against captum, and against gradients."""
 
 import copy
+import weakref
 
 import pytest
 import torch
@@ -11,16 +12,28 @@ from hypothesis import strategies as st
 from networks import Branches, chains, error, torchvision_network, zfnet_like
 from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
 
-from zfnet.deconv import Cells, Semantics, Unprojectable, project, record
-from zfnet.receptive import receptive_field
+from zfnet import deconv
+from zfnet.ascent import run_whole, run_windows
+from zfnet.deconv import Cells, Semantics, Unprojectable, project, project_images, record
+from zfnet.receptive import fields_beneath, receptive_field
 from zfnet.tracing import trace
+from zfnet.windows import Windows
 
 # --- the slow twin: ECCV 2014 Sec. 2.1, whole maps, one cell at a time -----------------------------------------------
 
 
-def naive_projection(chain, image: Tensor, feature_map: int, row: int, col: int, unpool: str = "sum") -> Tensor:
-    """The projection [channels, rows, cols] of one cell of the last module's output, for an nn.Sequential."""
+EVERY = slice(None)
+
+
+def naive_projection(chain, image: Tensor, feature_map: int, row, col, unpool: str = "sum") -> Tensor:
+    """The projection [channels, rows, cols] of one cell of the last module's output, for an nn.Sequential.
+
+    `EVERY` row and column: of all cells of the map at once.
+    """
     inputs, x = [], image[None]
     for module in chain:
         inputs.append(x)
@@ -168,6 +181,167 @@ def test_a_cell_of_a_pool_goes_to_the_place_of_its_maximum_alone():
     assert not pixels[0, 0].any()
 
 
+@settings(max_examples=40, deadline=None)
+@given(chain=chains(sizes=(6, 13), depth=(2, 4)), seed=st.integers(0, 99))
+def test_all_cells_of_a_map_project_as_the_whole_deconvnet_does(chain, seed):
+    model, shape = chain
+    images = torch.randint(-2, 3, (2, *shape), generator=torch.Generator().manual_seed(seed)).double()
+    graph = trace(model, shape)
+    kept = record(graph, images, [graph.output], Semantics(cells="all"))
+    image, feature_map = torch.tensor([0, 1, 1, 0]), torch.tensor([0, 1, 0, 0])
+    pixels, top, left = project(kept, graph.output, Cells(image, feature_map, image * 0, image * 0))
+    assert (top.tolist(), left.tolist()) == ([0] * 4, [0] * 4)
+    with torch.no_grad():
+        for index, (i, m) in enumerate(zip(image.tolist(), feature_map.tolist(), strict=True)):
+            assert torch.equal(pixels[index], naive_projection(model, images[i], m, EVERY, EVERY))
+
+
+def test_all_cells_of_a_map_are_not_the_sum_of_its_cells():
+    images = torch.tensor([[[[1.0, 0.0, 2.0]]]])
+    model = nn.Sequential(nn.Conv2d(1, 1, (1, 2), bias=False), nn.ReLU(), nn.Conv2d(1, 1, (1, 2), bias=False))
+    model[0].weight.data[:] = torch.tensor([[[[1.0, 1.0]]]])
+    model[2].weight.data[:] = torch.tensor([[[[2.0, -1.0]]]])
+    graph, whole_map = trace(model, (1, 1, 3)), Semantics(cells="all", seed="one")
+    nowhere = Cells(*torch.zeros(4, 1, dtype=torch.long))
+    together = project(record(graph, images, ["2"], whole_map), "2", nowhere).pixels
+    assert together.tolist() == [[[[2.0, 2.0, 0.0]]]]  # the signals 2 and -1 of conv2's only cell; -1 is rectified
+
+
+# --- windows alone against the image run whole ------------------------------------------------------------------------
+
+
+def in_windows(graph, images: Tensor, layer: str, cells: Cells, **semantics):
+    """Activations and projections, in the cells' order, with no image run whole."""
+    route = deconv._Route.of(graph, layer, Semantics(**semantics))
+    with torch.no_grad():
+        activation, pixels = route.up_and_down(images, cells)
+    return activation, pixels
+
+
+def whole_and_in_windows(graph, images, layer, cells, **semantics):
+    """(activations, pixels) from images run whole, and from the cells' windows alone."""
+    kept = record(graph, images, [layer], Semantics(**semantics))
+    whole = kept.activation(layer)[tuple(cells)], project(kept, layer, cells).pixels
+    return whole, in_windows(graph, images, layer, cells, **semantics)
+
+
+@settings(max_examples=100, deadline=None)
+@given(chain=chains(sizes=(6, 20), depth=(2, 5)), seed=st.integers(0, 99), blank=st.booleans())
+def test_switches_of_windows_are_those_of_the_whole_image_bit_for_bit(chain, seed, blank):
+    """Small integers: full of equal maxima; a blank image has nothing else."""
+    model, shape = chain
+    images = torch.randint(-2, 3, (2, *shape), generator=torch.Generator().manual_seed(seed)).double()
+    images = images * 0 if blank else images
+    graph = trace(model, shape)
+    outputs, whole = run_whole(graph, images, [graph.output], Semantics())
+    plan = fields_beneath(graph, graph.output, inside=True)
+    _, rows, cols = graph[graph.output].shape
+    corners = torch.tensor([[i, r, c] for i in (0, 1) for r in (0, rows // 2, rows - 1) for c in (0, cols - 1)])
+    windows = Windows(*corners.T)
+    with torch.no_grad():
+        output, kept = run_windows(graph, images, graph.output, plan, windows, Semantics())
+    assert torch.equal(output[:, :, 0, 0], outputs[graph.output][corners[:, 0], :, corners[:, 1], corners[:, 2]])
+    for name, switches in kept.items():
+        _, *size = graph[name].shape
+        expected, beside = windows.cut(whole[name], plan[name]), windows.beside(plan[name], size)
+        assert torch.equal(switches if beside is None else switches.masked_fill(beside, 0), expected), name
+
+
+@settings(max_examples=60, deadline=None)
+@given(chain=chains(pools=("max", "average"), sizes=(6, 20), depth=(2, 4)), seed=st.integers(0, 99))
+def test_random_chains_project_the_same_from_their_windows(chain, seed):
+    model, shape = chain
+    images = torch.randint(-2, 3, (2, *shape), generator=torch.Generator().manual_seed(seed)).double()
+    graph = trace(model, shape)
+    cells = some_cells(record(graph, images, [graph.output]).activation(graph.output), 3, seed)
+    whole, windows = whole_and_in_windows(graph, images, graph.output, cells)
+    exact = not any(isinstance(module, nn.AvgPool2d) for module in model)
+    for got, expected in zip(windows, whole, strict=True):
+        assert torch.equal(got, expected) or (not exact and error(got, expected) <= 1e-12)
+
+
+OTHER_RULES = {"relu": "guided", "normalisation": "gradient", "seed": "one"}
+
+
+@pytest.mark.parametrize("semantics", [{}, OTHER_RULES], ids=["paper", "others"])
+@pytest.mark.parametrize("layer", ["conv1", "conv3", "conv5", "fc6"])
+def test_zfnet_projects_the_same_from_its_windows(layer, semantics):
+    torch.manual_seed(10)
+    model = zfnet_like(classes=3).double()
+    images = torch.randn(2, 3, 224, 224, dtype=torch.float64)
+    graph = trace(model)
+    cells = some_cells(record(graph, images, [layer]).activation(layer))
+    whole, windows = whole_and_in_windows(graph, images, layer, cells, **semantics)
+    for got, expected in zip(windows, whole, strict=True):
+        assert error(got, expected) <= 1e-12
+
+
+@pytest.mark.parametrize("layer", ["stem", "right", "cat", "shrink", "last", "fc"])
+def test_branches_project_the_same_from_their_windows(layer):
+    torch.manual_seed(11)
+    images = torch.randn(2, 3, 37, 61, dtype=torch.float64)
+    graph = trace(Branches().eval().double(), images.shape[1:])
+    cells = some_cells(record(graph, images, [layer]).activation(layer))
+    whole, windows = whole_and_in_windows(graph, images, layer, cells)
+    for got, expected in zip(windows, whole, strict=True):
+        assert error(got, expected) <= 1e-12
+
+
+@pytest.fixture(scope="module")
+def scattered():
+    """A graph, images, and cells of three layers: from none to many in an image."""
+    torch.manual_seed(12)
+    graph = trace(zfnet_like(classes=3).double())
+    images = torch.randn(5, 3, 224, 224, dtype=torch.float64)
+    cells = {
+        "conv1": Cells(*torch.tensor([[4, 0, 5, 6], [0, 3, 100, 109]]).T),
+        "conv3": Cells(*torch.tensor([[0, 1, 6, 6], [3, 2, 0, 12]]).T),
+        "conv5": Cells(*torch.tensor([[0, m, 2 * m, 12 - m] for m in range(6)] + [[1, 2, 3, 4]]).T),
+    }
+    return graph, images, cells
+
+
+@pytest.mark.parametrize("semantics", [{}, {"unpool": "last"}, {"cells": "all"}], ids=str)
+def test_images_run_whole_or_in_windows_give_the_same(scattered, semantics):
+    graph, images, cells = scattered
+    kept = record(graph, images, list(cells), Semantics(**semantics))
+    seen = {layer: [] for layer in cells}
+    for layer, which, activation, projections in project_images(graph, images, cells, Semantics(**semantics)):
+        seen[layer] += which.tolist()
+        some = Cells(*(column[which] for column in cells[layer]))
+        expected = project(kept, layer, some)
+        assert error(activation, kept.activation(layer)[tuple(some)]) <= 1e-12
+        assert error(projections.pixels, expected.pixels) <= 1e-12
+        assert torch.equal(projections.top, expected.top)
+        assert torch.equal(projections.left, expected.left)
+    assert {layer: sorted(which) for layer, which in seen.items()} == {
+        layer: list(range(len(some.image))) for layer, some in cells.items()
+    }
+
+
+def test_the_cheaper_way_is_chosen_for_every_image(scattered, monkeypatch):
+    graph, images, cells = scattered
+    ran = []
+    monkeypatch.setattr(deconv, "run_whole", lambda g, x, *rest: ran.append(len(x)) or run_whole(g, x, *rest))
+    list(project_images(graph, images, cells))
+    assert ran == [1]  # the image with six cells of conv5; two others have one or two, and two have none
+
+
+def counted_multiply_adds(graph, images, cells) -> int:
+    """What torch is asked to do by the forward passes: twice the multiply-adds of convolutions and products."""
+    route = deconv._Route.of(graph, "conv5", Semantics())
+    counter = FlopCounterMode(display=False)
+    with counter, torch.no_grad():
+        run_windows(graph, images, route.target, route.plan, Windows(*(cells[i] for i in (0, 2, 3))), Semantics())
+    return counter.get_total_flops() // 2
+
+
+def test_multiply_adds_are_counted_as_they_are_done(scattered):
+    graph, images, cells = scattered
+    one = Cells(*(column[:1] for column in cells["conv5"]))
+    assert counted_multiply_adds(graph, images, one) == deconv._Route.of(graph, "conv5", Semantics()).multiply_adds
+
+
 # --- against captum --------------------------------------------------------------------------------------------------
 
 
@@ -228,6 +402,15 @@ def test_captum_agrees_on_torchvision_networks(name, size, layers):
         assert captum_error(model, images, layer) <= 1e-12, layer
 
 
+@settings(max_examples=25, deadline=None)
+@given(chain=chains(pools=("max", "average")), seed=st.integers(0, 99))
+@pytest.mark.filterwarnings("ignore")
+def test_captum_agrees_on_random_chains(chain, seed):
+    model, shape = chain
+    images = torch.randn(1, *shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    assert captum_error(model, images, trace(model, shape).output) <= 1e-12
+
+
 @pytest.mark.filterwarnings("ignore")
 def test_guided_agrees_with_captums_guided_backpropagation():
     torch.manual_seed(4)
@@ -285,6 +468,59 @@ def test_branches_sum_their_windows(layer, relu):
     assert gradient_error(model, images, layer, rectify=relu == "deconvnet", relu=relu) <= 1e-12
 
 
+class Forks(nn.Module):
+    """A stem, then forks: two filterings side by side that are added up or concatenated, with or without a skip.
+
+    Small integers, so that what is equal is equal in any order of summation.
+    """
+
+    def __init__(self, maps: int, forks: list[dict], generator: torch.Generator):
+        super().__init__()
+        self.stem = nn.Conv2d(2, maps, 3, stride=2, padding=1)
+        self.forks, self.layers = forks, nn.ModuleList()
+        for fork in forks:
+            branches = [nn.Conv2d(maps, maps, k, padding="same", dilation=d, groups=g) for k, d, g in fork["branches"]]
+            pool = nn.MaxPool2d(3, fork["stride"], 1, ceil_mode=fork["ceil"])
+            joined = nn.Conv2d(maps * (len(branches) if fork["cat"] else 1), maps, 1)
+            self.layers.append(nn.ModuleList([nn.ModuleList(branches), pool, joined]))
+        self.last = nn.Conv2d(maps, 2, 1)
+        for parameter in self.parameters():
+            parameter.data = torch.randint(-2, 3, parameter.shape, generator=generator).double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.stem(x))
+        for fork, (branches, pool, joined) in zip(self.forks, self.layers, strict=True):
+            sides = [branch(x).relu() for branch in branches]
+            y = torch.cat(sides, 1) if fork["cat"] else sides[0] + sides[1]
+            y = joined(y)
+            x = pool(F.relu(x + y if fork["skip"] else y))
+        return F.relu(self.last(x))
+
+
+@st.composite
+def forked(draw) -> tuple[nn.Module, tuple[int, int, int]]:
+    branch = st.tuples(st.integers(1, 4), st.integers(1, 2), st.sampled_from([1, 2]))
+    flags = {name: st.booleans() for name in ("ceil", "cat", "skip")}
+    fork = st.fixed_dictionaries({"branches": st.tuples(branch, branch), "stride": st.integers(1, 2), **flags})
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    shape = (2, draw(st.integers(7, 30)), draw(st.integers(7, 30)))
+    return Forks(4, draw(st.lists(fork, min_size=1, max_size=3)), generator).double().eval(), shape
+
+
+@settings(max_examples=30, deadline=None)
+@given(forks=forked(), seed=st.integers(0, 99))
+@pytest.mark.filterwarnings("ignore")
+def test_random_branches_sum_their_windows(forks, seed):
+    model, shape = forks
+    images = torch.randint(-2, 3, (2, *shape), generator=torch.Generator().manual_seed(seed)).double()
+    graph = trace(model, shape)
+    assert gradient_error(model, images, graph.output, rectify=True) == 0
+    cells = some_cells(record(graph, images, [graph.output]).activation(graph.output), 2, seed)
+    whole, windows = whole_and_in_windows(graph, images, graph.output, cells)
+    for got, expected in zip(windows, whole, strict=True):
+        assert torch.equal(got, expected)
+
+
 def test_functional_relus_of_googlenet_rectify_too():
     model = torchvision_network("googlenet", seed=6).double()
     images = torch.randn(1, 3, 64, 64, dtype=torch.float64)
@@ -338,12 +574,63 @@ def test_nothing_depends_on_the_company_a_cell_is_in(zfnet):
     assert torch.equal(project(kept, "conv3", cells).pixels, together)
     alone = torch.cat([project(kept, "conv3", Cells(*(c[i : i + 1] for c in cells))).pixels for i in range(16)])
     assert error(alone, together) <= 1e-5
-    assert error(project(kept, "conv3", cells, window_batch=5).pixels, together) <= 1e-5
+    assert error(project(kept, "conv3", cells, memory_mb=40).pixels, together) <= 1e-5
+
+
+class Memory(TorchDispatchMode):
+    """The largest number of bytes that tensors made under it hold at one time."""
+
+    def __init__(self):
+        super().__init__()
+        self.holders, self.bytes, self.peak = {}, 0, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(made):
+            if isinstance(tensor, Tensor) and tensor.untyped_storage().nbytes():
+                self.hold(tensor, tensor.untyped_storage())
+        return made
+
+    def hold(self, tensor, storage):
+        place, size = storage.data_ptr(), storage.nbytes()
+        self.bytes += 0 if self.holders.get(place) else size
+        self.peak = max(self.peak, self.bytes)
+        self.holders[place] = self.holders.get(place, 0) + 1
+        weakref.finalize(tensor, self.release, place, size)
+
+    def release(self, place, size):
+        self.holders[place] -= 1
+        self.bytes -= 0 if self.holders[place] else size
+
+
+@pytest.mark.parametrize(("layer", "budgets"), [("conv1", (2**14, 2**17)), ("conv5", (4 * 2**20, 40 * 2**20))])
+def test_memory_is_set_by_its_option_and_not_by_the_cells(layer, budgets):
+    torch.manual_seed(13)
+    graph = trace(zfnet_like((24, 32, 32, 32, 32)))
+    images = torch.randn(2, 3, 224, 224)
+    cells = some_cells(record(graph, images, [layer]).activation(layer), 1)
+    peaks = {}
+    for times in (20, 80):
+        for budget in budgets:
+            some = {layer: Cells(*(column.repeat(times) for column in cells))}
+            with Memory() as memory:
+                for _ in project_images(graph, images, some, memory_mb=budget / 2**20):
+                    pass
+            peaks[times, budget] = memory.peak
+    cells_themselves = 200 * 60 * len(cells.row)
+    for budget in budgets:
+        assert peaks[80, budget] <= peaks[20, budget] + cells_themselves
+    small, large = (peaks[80, budget] for budget in budgets)
+    assert small + cells_themselves < large or layer == "conv1"
+    assert large - small <= budgets[1]
 
 
 def test_no_cells_give_no_projections(zfnet):
     pixels, top, left = project(zfnet[2], "conv1", Cells(*torch.zeros(4, 0, dtype=torch.long)))
     assert (pixels.shape, len(top), len(left)) == ((0, 3, 7, 7), 0, 0)
+    graph, images, _ = zfnet
+    assert list(project_images(graph, images, {})) == []
+    assert list(project_images(graph, images, {"conv1": Cells(*torch.zeros(4, 0, dtype=torch.long))})) == []
 
 
 def test_a_cell_that_does_not_fire_projects_to_nothing(zfnet):
