@@ -367,11 +367,13 @@ def report(options: Options) -> None:
     name = "evaluation" if options.name is None else f"evaluation-{options.name}"
     if SLICE in run.manifest(name):
         (row,) = tables.read(run.slice(name, SLICE)).to_pylist()
-        of = f"{row['images']} images, views {row['views']}, {1 + len(row['with_model_ids'])} network(s)"
+        others = len(row["with_model_ids"])
+        averaged = f", average of {1 + others} networks" if others else ""
         say(
-            f"{name}: {of}: top-1 error {row['top1_error']:.2%} ({row['top1_wrong']} wrong), top-5 error "
-            f"{row['top5_error']:.2%} ({row['top5_wrong']} wrong), mean per-class accuracy "
-            f"{row['mean_class_accuracy']:.2%}, loss {row['loss']:.4f}"
+            f"{name}: {row['images']} images, views {row['views']}{averaged}: "
+            f"top-1 error {row['top1_error']:.2%} ({row['top1_wrong']} wrong), "
+            f"top-5 error {row['top5_error']:.2%} ({row['top5_wrong']} wrong), "
+            f"mean per-class accuracy {row['mean_class_accuracy']:.2%}, loss {row['loss']:.4f}"
         )
 
 

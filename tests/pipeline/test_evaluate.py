@@ -1,5 +1,6 @@
 """Evaluations end to end: the brute force bit for bit, libraries' counts, what is skipped, refused, resumed."""
 
+import doctest
 import io
 import json
 import shutil
@@ -24,7 +25,7 @@ from pipeline.errors import SweepFailed
 from pipeline.runs import Run, RunError
 from pipeline.shards import Index, index_shards
 from pipeline.work import cut
-from tests.conftest import SHARED, random_model, samples
+from tests.conftest import ROOT, SHARED, random_model, samples
 from tests.pipeline.exact import assert_same
 from tests.tars import write_tar
 from zfnet.images import Preprocessing
@@ -276,7 +277,7 @@ def test_images_without_a_usable_label_are_skipped_and_counted(make_run, tmp_pat
     data, run = tmp_path / "data", make_run(classes=NAMES)
     data.mkdir()
     pictures = relabelled(12, 0, (0, 6), np.random.default_rng(0))
-    for number in (2, 7):
+    for number in (2, 11):  # the last is a batch by itself
         del pictures[number][1]["cls"]
     pictures[4][1]["cls"] = b"8"
     pictures[5][1]["jpg"] = pictures[5][1]["jpg"][:300]
@@ -288,11 +289,11 @@ def test_images_without_a_usable_label_are_skipped_and_counted(make_run, tmp_pat
     skipped = table(run, "skipped")
     assert dict(zip(skipped.key, skipped.reason, strict=True)) == {
         pictures[2][0]: "no_label",
-        pictures[7][0]: "no_label",
+        pictures[11][0]: "no_label",
         pictures[4][0]: "label_out_of_range",
         pictures[5][0]: "bad_image",
     }
-    assert table(run).key.tolist() == [key for i, (key, _) in enumerate(pictures) if i not in (2, 4, 5, 7)]
+    assert table(run).key.tolist() == [key for i, (key, _) in enumerate(pictures) if i not in (2, 4, 5, 11)]
     assert table(run, "evaluation").images.tolist() == [8]
     entry = json.loads((run / "results" / "manifests" / "predictions" / "images.json").read_text())
     assert (entry["samples"], entry["rows"]) == (12, 8)
@@ -409,6 +410,20 @@ def test_a_finished_evaluation_is_never_rewritten(make_run, make_other, make_dat
     assert run_evaluation(run, data, others=[moved], name="two") == 0
 
 
+def test_the_docs_name_every_column_and_their_query_runs(make_run, make_data, tmp_path, monkeypatch):
+    text = (ROOT / "docs" / "evaluation.md").read_text()
+    for schema in (evaluation.PREDICTIONS, evaluation.CONFUSION, evaluation.CLASS_ERRORS, evaluation.EVALUATION):
+        assert [name for name in schema.names if f"`{name}`" not in text] == []
+    (tmp_path / "runs").mkdir()
+    run_evaluation(make_run("runs/squeezenet", classes=NAMES), make_data([9]))
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    examples = doctest.DocTestParser().get_examples(text.replace("\n```\n", "\n\n"))
+    assert len(examples) >= 3
+    for example in examples:
+        exec(compile(example.source, "evaluation.md", "single"), names)
+
+
 def test_the_job_prints_the_errors(make_run, make_other, make_data, capsys):
     data, run, other = make_data([9]), make_run(classes=NAMES), make_other()
     arguments = ["--run", str(run), "--data", str(data), "--views", "ten", "--with", str(other), "--name", "two"]
@@ -416,7 +431,7 @@ def test_the_job_prints_the_errors(make_run, make_other, make_data, capsys):
         assert tyro.cli(evaluate.main, args=[*arguments, "--workers.num", "0"]) == 0
         (whole,) = table(run, "evaluation-two").itertuples()
         assert (
-            f"evaluation-two: 9 images, views ten, 2 network(s): top-1 error {whole.top1_wrong / 9:.2%} "
+            f"evaluation-two: 9 images, views ten, average of 2 networks: top-1 error {whole.top1_wrong / 9:.2%} "
             f"({whole.top1_wrong} wrong), top-5 error {whole.top5_wrong / 9:.2%} ({whole.top5_wrong} wrong), mean "
             f"per-class accuracy {whole.mean_class_accuracy:.2%}, loss {whole.loss:.4f}"
         ) in capsys.readouterr().out
