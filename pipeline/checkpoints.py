@@ -1,8 +1,9 @@
-"""Checkpoints of training: weights for the epochs worth keeping, the optimizer's state for the last two.
+"""Checkpoints of training: weights for the epochs worth keeping, the optimizer's state for those to go on from.
 
 runs/NAME/checkpoints/epoch-0001/weights.safetensors   weights and the preprocessing's tensors
-runs/NAME/checkpoints/epoch-0001/optimizer.pt          state of the optimizer and the history of the errors
-runs/NAME/checkpoints/epoch-0001/manifest.json         written last: without it the checkpoint does not exist
+runs/NAME/checkpoints/epoch-0001/optimizer.pt          state of the optimizer
+runs/NAME/checkpoints/epoch-0001/manifest.json         where training stands; written last: without it there is none
+runs/NAME/checkpoints/step-00001500/                   the same inside an epoch; gone once a later one is whole
 """
 
 from __future__ import annotations
@@ -25,65 +26,112 @@ EVOLUTION = (1, 2, 5, 10, 20, 30, 40, 64)
 
 @dataclass(frozen=True, eq=False)
 class Checkpoint:
-    """The state of training after an epoch."""
+    """The state of training after a step. Nothing in it depends on the number of workers."""
 
+    step: int
+    """Steps taken so far, over all epochs: with the batch and the seed it says which sample is next."""
     epoch: int
+    """Whole epochs so far."""
     tensors: dict[str, torch.Tensor]
     """Weights, and the preprocessing's tensors under their own prefix."""
     optimizer: dict[str, Any]
     history: list[float]
-    """Validation error of every epoch so far."""
+    """Validation error of every whole epoch so far."""
+    sums: list[float] | None = None
+    """Inside an epoch, over all workers: its images, loss, right, skipped so far. None at its end."""
+    seconds: float = 0.0
+    """Of training in the unfinished epoch."""
     skipped: frozenset[Skipped] = frozenset()
     """What could not be read so far, by any worker."""
 
-
-def _folder(run: Run, epoch: int) -> Location:
-    return run.location / "checkpoints" / f"epoch-{epoch:04d}"
+    @property
+    def name(self) -> str:
+        """Name of its folder."""
+        return f"epoch-{self.epoch:04d}" if self.sums is None else f"step-{self.step:08d}"
 
 
 def finished(run: Run) -> list[int]:
     """Epochs whose checkpoints are whole, in order."""
-    names = (run.location / "checkpoints").names()
-    epochs = sorted(int(name.removeprefix("epoch-")) for name in names if name.startswith("epoch-"))
-    return [epoch for epoch in epochs if (_folder(run, epoch) / "manifest.json").exists()]
+    return sorted(int(name.removeprefix("epoch-")) for name in _whole(run) if name.startswith("epoch-"))
+
+
+def newest(run: Run) -> str | None:
+    """Name of the whole checkpoint that is furthest, or None."""
+    return max(_whole(run), key=lambda name: _step(run, name), default=None)
+
+
+def _whole(run: Run) -> list[str]:
+    folder = run.location / "checkpoints"
+    names = [name for name in folder.names() if name.startswith(("epoch-", "step-"))]
+    return [name for name in names if (folder / name / "manifest.json").exists()]
+
+
+def _step(run: Run, name: str) -> int:
+    return int(_manifest(run.location / "checkpoints" / name)["step"])
+
+
+def _manifest(folder: Location) -> dict[str, Any]:
+    try:
+        found: dict[str, Any] = json.loads((folder / "manifest.json").read())
+        return {"step": int(found["step"]), **found}
+    except (ValueError, KeyError, TypeError) as error:
+        raise _damaged(folder, error) from None
 
 
 def write(run: Run, checkpoint: Checkpoint) -> None:
     """Commit a checkpoint, then drop what is no longer needed of earlier ones."""
-    folder = _folder(run, checkpoint.epoch)
+    folder = run.location / "checkpoints" / checkpoint.name
     (folder / "weights.safetensors").write(save(checkpoint.tensors))
     buffer = io.BytesIO()
     torch.save(checkpoint.optimizer, buffer)
     (folder / "optimizer.pt").write(buffer.getvalue())
     skipped = sorted([s.shard, s.key, s.reason, s.detail] for s in checkpoint.skipped)
-    manifest = {"epoch": checkpoint.epoch, "history": checkpoint.history, "skipped": skipped}
-    (folder / "manifest.json").write(json.dumps(manifest).encode())
+    state = {name: getattr(checkpoint, name) for name in ("step", "epoch", "history", "sums", "seconds")}
+    (folder / "manifest.json").write(json.dumps({**state, "skipped": skipped}).encode())
     for epoch in finished(run):
         if epoch < checkpoint.epoch - 1:
             _drop(run, epoch)
+    for name in (run.location / "checkpoints").names():
+        if name.startswith("step-") and name != checkpoint.name:
+            _delete(run.location / "checkpoints" / name)
 
 
 def _drop(run: Run, epoch: int) -> None:
-    """Only the last two checkpoints can be gone on from; of the others the weights of figure 4's epochs stay."""
-    folder = _folder(run, epoch)
+    """Only the last two epochs can be gone on from; of the others the weights of figure 4's epochs stay."""
+    folder = run.location / "checkpoints" / f"epoch-{epoch:04d}"
     if epoch in EVOLUTION:
         (folder / "optimizer.pt").delete()
     else:
-        (folder / "manifest.json").delete()
-        folder.delete()
+        _delete(folder)
 
 
-def read(run: Run, epoch: int) -> Checkpoint:
+def _delete(folder: Location) -> None:
+    (folder / "manifest.json").delete()
+    folder.delete()
+
+
+def read(run: Run, name: str) -> Checkpoint:
     """A whole checkpoint. Raises: RunError where it is damaged."""
-    folder = _folder(run, epoch)
+    folder = run.location / "checkpoints" / name
+    manifest = _manifest(folder)
     try:
-        manifest = json.loads((folder / "manifest.json").read())
         optimizer = torch.load(io.BytesIO((folder / "optimizer.pt").read()), weights_only=True, map_location="cpu")
-        tensors = load((folder / "weights.safetensors").read())
-        skipped = frozenset(Skipped(*entry) for entry in manifest["skipped"])
-        return Checkpoint(epoch, tensors, optimizer, [float(error) for error in manifest["history"]], skipped)
+        return Checkpoint(
+            step=manifest["step"],
+            epoch=int(manifest["epoch"]),
+            tensors=load((folder / "weights.safetensors").read()),
+            optimizer=optimizer,
+            history=[float(error) for error in manifest["history"]],
+            sums=manifest["sums"] and [float(value) for value in manifest["sums"]],
+            seconds=float(manifest["seconds"]),
+            skipped=frozenset(Skipped(*entry) for entry in manifest["skipped"]),
+        )
     except Exception as error:  # torch.load and safetensors raise many kinds for damaged files
-        raise RunError(
-            f"the checkpoint {folder} cannot be read ({error}): delete it to go on from the one before, or train "
-            "again into another --run"
-        ) from None
+        raise _damaged(folder, error) from None
+
+
+def _damaged(folder: Location, error: Exception) -> RunError:
+    return RunError(
+        f"the checkpoint {folder} cannot be read ({error}): delete it to go on from the one before, or train "
+        "again into another --run"
+    )

@@ -150,8 +150,16 @@ def _describe(found: list[dict[str, float]]) -> str:
     return f"the cluster has {len(found)} nodes: {nodes_}"
 
 
-def fit(worker: Callable[[dict[str, Any]], None], config: dict[str, Any], resources: Resources, failures: int) -> None:
+def fit(
+    worker: Callable[[dict[str, Any]], None],
+    config: dict[str, Any],
+    resources: Resources,
+    failures: int,
+    most: int | None = None,
+) -> None:
     """Run a training function on every worker with Ray Train; a dead worker restarts them all, `failures` times.
+
+    With `most` the number of workers is elastic, from resources.num to `most`: a change restarts them all too.
 
     Raises: TrainingFailed where it failed for good, with what the workers said.
     """
@@ -164,7 +172,7 @@ def fit(worker: Callable[[dict[str, Any]], None], config: dict[str, Any], resour
             worker,
             train_loop_config=config,
             scaling_config=ScalingConfig(
-                num_workers=resources.num,
+                num_workers=resources.num if most is None else (resources.num, most),
                 use_gpu=resources.gpus > 0,
                 resources_per_worker={"CPU": resources.cpus, "GPU": resources.gpus},
             ),

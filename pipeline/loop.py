@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
@@ -18,7 +19,7 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from pipeline import checkpoints, metrics, tables
 from pipeline.checkpoints import Checkpoint
-from pipeline.mean import mean_image
+from pipeline.mean import statistics
 from pipeline.runs import Run
 from pipeline.shards import Index, Skipped
 from pipeline.stream import Examples, Images, labelled, loader, rank_batches
@@ -27,7 +28,10 @@ from zfnet.images import Preprocessing
 from zfnet.recipe import Recipe
 
 VALIDATION_BATCH = 256
+PROGRESS_SECONDS = 10.0
 _MEAN = "preprocessing.mean"
+_DTYPES = {"float32": torch.float32, "bf16": torch.float32, "float64": torch.float64}
+"""Of weights and gradients, by the recipe's precision; bf16 is autocast on top."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,9 +57,10 @@ class Plan:
 class Trainer:
     """One worker's part of a training."""
 
-    def __init__(self, plan: Plan, *, rank: int, world: int, device: str, decoders: int) -> None:
+    def __init__(self, plan: Plan, *, rank: int, world: int, device: str, decoders: int, checkpoint_steps: int) -> None:
         self.plan, self.rank, self.world, self.decoders = plan, rank, world, decoders
-        self.device = torch.device(device)
+        self.recipe, self.checkpoint_steps = plan.recipe, checkpoint_steps
+        self.device, self.dtype = torch.device(device), _DTYPES[plan.recipe.precision]
         self.run_directory = Run.at(plan.run)
         self.images_index = Index.load(plan.data, plan.index)
         self.classes = self.images_index.classes
@@ -63,68 +68,93 @@ class Trainer:
         self.validation_rows, more = labelled(self.images_index, plan.validation_split, len(self.classes))
         self.skipped = {*unusable, *more}
         self.history: list[float] = []
-        self.epoch = 0
+        self.step = 0
+        self.sums = torch.zeros(4, dtype=torch.float64, device=self.device)  # images, loss, right, skipped
+        self.earlier_seconds = 0.0
+
+    @property
+    def steps(self) -> int:
+        """Steps of an epoch."""
+        return int(self.train_rows.num_rows) // self.recipe.batch
+
+    @property
+    def epoch(self) -> int:
+        """Whole epochs so far."""
+        return self.step // self.steps
 
     def run(self) -> None:
-        """Train all epochs that are left, then write the model. Rank 0 writes; the others only compute."""
+        """Train all steps that are left, then write the model. Rank 0 writes; the others only compute."""
         self._prepare()
         batches = self._training_batches()
-        while self.epoch < self.plan.recipe.epochs:
-            self.epoch += 1
+        while self.epoch < self.recipe.epochs:
             row = self._epoch(batches)
             self.history.append(1 - row["validation_top1"])
-            self.skipped = self._all_skipped()
             if self.rank == 0:
                 metrics.write(self.run_directory, row)
-                self._checkpoint()
+            self._checkpoint(inside=False)
         self._finish()
 
     def _prepare(self) -> None:
         """Network, preprocessing and optimizer, fresh or from the newest checkpoint."""
         self.network = models.build(self.plan.architecture, classes=len(self.classes))
-        epoch = self._newest_checkpoint()
-        found = checkpoints.read(self.run_directory, epoch) if epoch else None
-        recipe.initialise(self.network, self.plan.recipe.init, self.plan.seed)
+        name = self._newest_checkpoint()
+        found = checkpoints.read(self.run_directory, name) if name else None
+        recipe.initialise(self.network, self.recipe.init, self.plan.seed, self.recipe.ones)
+        if self.recipe.dropout is not None:
+            recipe.set_dropout(self.network, self.recipe.dropout)
+        self.network.to(self.dtype)
+        self._prepare_images(found)
+        if found is not None:
+            self.network.load_state_dict(found.tensors)
+            self.step, self.history, self.earlier_seconds = found.step, found.history, found.seconds
+            self.skipped |= found.skipped
+            if self.rank == 0 and found.sums is not None:  # the sum over all ranks is theirs
+                self.sums += torch.tensor(found.sums, dtype=torch.float64, device=self.device)
+        self.network.to(self.device)
+        if self.recipe.channels_last:
+            self.network.to(memory_format=torch.channels_last)
+        self.optimizer = torch.optim.SGD(
+            self.network.parameters(),
+            lr=self.recipe.lr,
+            momentum=self.recipe.momentum,
+            weight_decay=self.recipe.weight_decay,
+        )
+        if found is not None:
+            self.optimizer.load_state_dict(found.optimizer)
+        if self.recipe.compile:
+            self.network.compile()
+        self.parallel: nn.Module = self.network if self.world == 1 else DistributedDataParallel(self.network)
+
+    def _prepare_images(self, found: Checkpoint | None) -> None:
+        """Preprocessing with the mean image, and the axes of the colours' shifts."""
         resize_px = self.network.resize_px
-        if found is None:
-            mean = mean_image(
+        mean = None if found is None else found.tensors.pop(_MEAN)
+        self.colours = None
+        if mean is None or self.recipe.colour != "none":
+            measured = statistics(
                 self.images_index,
+                self.plan.train_split,
                 self.train_rows,
                 resize_px,
+                run=self.run_directory.location,
                 rank=self.rank,
                 world=self.world,
                 decoders=self.decoders,
             )
-            if self.plan.recipe.smallest_crop is not None:  # a mean for each pixel has no place in a scaled crop
-                mean = mean.mean((1, 2), keepdim=True)
-        else:
-            mean = found.tensors.pop(_MEAN)
-            self.network.load_state_dict(found.tensors)
-            self.epoch, self.history = found.epoch, found.history
-            self.skipped |= found.skipped
+            if mean is None:
+                mean = measured.mean
+                if self.recipe.smallest_crop is not None:  # a mean for each pixel has no place in a scaled crop
+                    mean = mean.mean((1, 2), keepdim=True)
+            if self.recipe.colour != "none":
+                self.colours = recipe.colour_axes(measured.covariance, self.recipe.colour).numpy()
         self.preprocessing = Preprocessing(resize_px=resize_px, crop_px=self.network.input_px, mean=mean)
-        self.network.to(self.device)
-        self.optimizer = torch.optim.SGD(
-            self.network.parameters(),
-            lr=self.plan.recipe.lr,
-            momentum=self.plan.recipe.momentum,
-            weight_decay=self.plan.recipe.weight_decay,
-        )
-        if found is not None:
-            self.optimizer.load_state_dict(found.optimizer)
-        self.parallel: nn.Module = self.network if self.world == 1 else DistributedDataParallel(self.network)
 
-    def _newest_checkpoint(self) -> int:
-        """The last epoch with a whole checkpoint, or 0: rank 0 looks, so that all begin at the same one."""
-        choice = [max(checkpoints.finished(self.run_directory), default=0)]
+    def _newest_checkpoint(self) -> str | None:
+        """The whole checkpoint that is furthest: rank 0 looks, so that all begin at the same one."""
+        choice = [checkpoints.newest(self.run_directory) if self.rank == 0 else None]
         if self.world > 1:
             dist.broadcast_object_list(choice)
         return choice[0]
-
-    @property
-    def steps(self) -> int:
-        """Steps of an epoch."""
-        return int(self.train_rows.num_rows) // self.plan.recipe.batch
 
     def _training_batches(self) -> Iterator[Examples]:
         """This rank's share of every global batch that is left, decoded ahead across the borders of epochs."""
@@ -132,14 +162,20 @@ class Trainer:
         places = rank_batches(
             shards,
             seed=self.plan.seed,
-            first_epoch=self.epoch + 1,
-            epochs=self.plan.recipe.epochs,
-            batch=self.plan.recipe.batch,
+            first_step=self.step,
+            epochs=self.recipe.epochs,
+            batch=self.recipe.batch,
             rank=self.rank,
             world=self.world,
         )
-        smallest = self.plan.recipe.smallest_crop
-        dataset = Images(self.images_index, self.train_rows, self.preprocessing, self.plan.seed, smallest)
+        dataset = Images(
+            self.images_index,
+            self.train_rows,
+            self.preprocessing,
+            self.plan.seed,
+            self.recipe.smallest_crop,
+            self.colours,
+        )
         return iter(loader(dataset, places, self.decoders))
 
     @cached_property
@@ -153,10 +189,9 @@ class Trainer:
         return loader(dataset, batches, min(self.decoders, 1))
 
     def _epoch(self, batches: Iterator[Examples]) -> dict[str, Any]:
-        """Train one epoch and validate; returns its row of metrics, the same on every rank."""
+        """Train to the end of the epoch and validate; returns its row of metrics, the same on every rank."""
+        begun = self.step
         started = time.monotonic()
-        # Dropout is drawn from (seed, epoch, rank), so an epoch that is done again is the same.
-        torch.manual_seed(int(np.random.SeedSequence([self.plan.seed, self.epoch, self.rank]).generate_state(1)[0]))
         trained = self._train(batches)
         seconds = time.monotonic() - started
         validated = self._validate()
@@ -165,24 +200,33 @@ class Trainer:
             "learning_rate": self.optimizer.param_groups[0]["lr"],
             **trained,
             **validated,
-            "images_per_second": trained["train_samples"] / seconds,
+            "images_per_second": (self.step - begun) * self.recipe.batch / seconds,
             "data_wait_share": self.waited / seconds,
-            "seconds": time.monotonic() - started,
+            "seconds": self.earlier_seconds + time.monotonic() - started,
         }
 
     def _train(self, batches: Iterator[Examples]) -> dict[str, Any]:
         self.parallel.train()
         self.waited = 0.0
-        sums = torch.zeros(4, dtype=torch.float64, device=self.device)  # images, loss, right, skipped
-        for step in range(self.steps):
+        self.started = time.monotonic()
+        progress = metrics.Pace(self.run_directory, PROGRESS_SECONDS)
+        end = (self.epoch + 1) * self.steps
+        while self.step < end:
             begun = time.monotonic()
             examples = next(batches)
             self.waited += time.monotonic() - begun
             self.skipped.update(examples.skipped)
             for group in self.optimizer.param_groups:
-                group["lr"] = self._learning_rate(step)
-            sums += self._step(examples)
-        images_, loss, right, skipped = self._sum(sums).tolist()
+                group["lr"] = recipe.learning_rate(self.recipe, self.step, self.steps, self.history)
+            self._seed()
+            self.sums += self._step(examples)
+            self.step += 1
+            if self.rank == 0:
+                total = self.recipe.epochs * self.steps
+                progress.advance(self.step, total, self.steps, self.recipe.batch, self.waited)
+            if self.step < end and self.step % self.checkpoint_steps == 0:
+                self._checkpoint(inside=True)
+        images_, loss, right, skipped = self._sum(self.sums.clone()).tolist()
         return {
             "train_samples": int(images_),
             "train_loss": loss / max(images_, 1),
@@ -190,28 +234,54 @@ class Trainer:
             "skipped": int(skipped),
         }
 
-    def _learning_rate(self, step: int) -> float:
-        done = (self.epoch - 1) * self.steps + step
-        return recipe.learning_rate(self.plan.recipe, done, self.steps, self.history)
+    def _seed(self) -> None:
+        """Dropout is drawn from (seed, step, rank), so a step that is done again is the same."""
+        torch.manual_seed(int(np.random.SeedSequence([self.plan.seed, self.step, self.rank]).generate_state(1)[0]))
 
     def _step(self, examples: Examples) -> Tensor:
-        """One step of SGD on the mean loss of the global batch, whatever was skipped of it."""
+        """One step of SGD on the mean loss of the global batch, whatever was skipped of it.
+
+        Returns: this rank's images, summed loss, right ones and skipped ones.
+        """
         x, labels = self._input(examples), examples.label.to(self.device)
-        logits = self.parallel(x)
-        loss = F.cross_entropy(logits, labels, reduction="sum")
         images_ = self._sum(torch.tensor([float(len(labels))], dtype=torch.float64, device=self.device))
         self.optimizer.zero_grad(set_to_none=True)
         # DistributedDataParallel averages over ranks; the mean over images needs the sum.
-        (loss * self.world / images_.clamp_min(1).to(loss.dtype).squeeze()).backward()
+        share = self.world / images_.clamp_min(1).to(self.dtype).squeeze()
+        loss, right = torch.zeros(2, dtype=torch.float64, device=self.device)
+        slices = list(zip(x.chunk(self.recipe.accumulate), labels.chunk(self.recipe.accumulate), strict=True))
+        for number, (part, answers) in enumerate(slices, 1):
+            with self._gradients_together(last=number == len(slices)):
+                logits = self._forward(self.parallel, part)
+                part_loss = F.cross_entropy(logits, answers, reduction="sum")
+                (part_loss * share).backward()
+            loss = loss + part_loss.detach().double()
+            right = right + (logits.detach().argmax(1) == answers).sum()
         self.optimizer.step()
-        if self.plan.recipe.renormalise is not None:
-            recipe.renormalise_filters(self.network, self.plan.recipe.renormalise)
-        right = (logits.detach().argmax(1) == labels).sum()
+        if self.recipe.renormalise is not None:
+            recipe.renormalise_filters(self.network, self.recipe.renormalise)
         counts = torch.tensor([len(labels), len(examples.skipped)], dtype=torch.float64, device=self.device)
-        return torch.stack([counts[0], loss.detach().double(), right.double(), counts[1]])
+        return torch.stack([counts[0], loss, right, counts[1]])
+
+    def _gradients_together(self, last: bool) -> AbstractContextManager[None]:
+        """Gradients of the slices of a step are exchanged with the last."""
+        if last or not isinstance(self.parallel, DistributedDataParallel):
+            return nullcontext()
+        return self.parallel.no_sync()
+
+    def _forward(self, network: nn.Module, x: Tensor) -> Tensor:
+        """Logits, in the precision of the weights."""
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.recipe.precision == "bf16"):
+            logits: Tensor = network(x)
+        return logits.to(self.dtype)
 
     def _input(self, examples: Examples) -> Tensor:
-        return self.preprocessing.normalise(examples.pixels.to(self.device), examples.top, examples.left)
+        x = self.preprocessing.normalise(examples.pixels.to(self.device), examples.top, examples.left)
+        if examples.colour is not None:
+            shift = examples.colour.to(self.device)[:, :, None, None]
+            x = (x + shift) * recipe.colour_scale(self.recipe.colour)
+        x = x.to(self.dtype)
+        return x.contiguous(memory_format=torch.channels_last) if self.recipe.channels_last else x
 
     @torch.no_grad()
     def _validate(self) -> dict[str, Any]:
@@ -227,7 +297,7 @@ class Trainer:
             self.skipped.update(examples.skipped)
             if not len(examples.label):
                 continue
-            logits, labels = self.network(self._input(examples)), examples.label.to(self.device)
+            logits, labels = self._forward(self.network, self._input(examples)), examples.label.to(self.device)
             sums[0] += len(labels)
             sums[1] += F.cross_entropy(logits, labels, reduction="sum")
             for accuracy in top.values():
@@ -247,13 +317,28 @@ class Trainer:
             dist.all_reduce(values)
         return values
 
-    def _checkpoint(self) -> None:
+    def _checkpoint(self, *, inside: bool) -> None:
+        """Commit where training stands, inside an epoch or at its end. All ranks call it, rank 0 writes."""
+        self.skipped = self._all_skipped()
+        sums = self._sum(self.sums.clone()).tolist()
+        if not inside:
+            self.sums.zero_()
+            self.earlier_seconds = 0.0
+        if self.rank:
+            return
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.network.state_dict().items()}
         tensors[_MEAN] = self.preprocessing.mean
-        checkpoints.write(
-            self.run_directory,
-            Checkpoint(self.epoch, tensors, self.optimizer.state_dict(), self.history, frozenset(self.skipped)),
+        checkpoint = Checkpoint(
+            step=self.step,
+            epoch=self.epoch,
+            tensors=tensors,
+            optimizer=self.optimizer.state_dict(),
+            history=self.history,
+            sums=sums if inside else None,
+            seconds=self.earlier_seconds + time.monotonic() - self.started if inside else 0.0,
+            skipped=frozenset(self.skipped),
         )
+        checkpoints.write(self.run_directory, checkpoint)
 
     def _finish(self) -> None:
         """Write what could not be read, then the model; run.json is last."""
@@ -262,7 +347,7 @@ class Trainer:
         skipped = sorted(self.skipped, key=lambda s: (s.shard, s.key, s.reason))
         self._write_skipped(skipped)
         self.run_directory.save_model(
-            self.network.eval(),
+            self.network.float().eval(),
             architecture=self.plan.architecture,
             classes=self.classes,
             preprocessing=self.preprocessing,

@@ -1,11 +1,21 @@
-"""The metrics table of training: a row an epoch, a Parquet file a row, so that a crash loses nothing."""
+"""The metrics of training: a Parquet file an epoch, so that a crash loses nothing; and the pace inside an epoch.
+
+Where Ray runs, the same numbers are gauges that Prometheus reads: ray_zfnet_train_loss{run="..."} and so on.
+"""
 
 from __future__ import annotations
 
+import json
+import time
+from typing import Any
+
 import pyarrow as pa
+import ray
+from ray.util.metrics import Gauge
 
 from pipeline import tables
 from pipeline.runs import Run
+from pipeline.storage import Location
 
 METRICS = pa.schema(
     [
@@ -26,13 +36,90 @@ METRICS = pa.schema(
 )
 
 
+_GAUGES: dict[str, Gauge] = {}
+
+
 def write(run: Run, row: dict[str, float]) -> None:
     """Commit the row of one epoch."""
     table = tables.conform({name: [row[name]] for name in METRICS.names}, METRICS)
     tables.write(table, run.location / "metrics" / f"epoch-{int(row['epoch']):04d}.parquet")
+    gauge(run, {name: row[name] for name in METRICS.names})
 
 
 def read(run: Run) -> pa.Table:
     """All epochs so far, in order; no rows where there are none."""
     location = run.location / "metrics"
     return tables.read(location) if location.names() else METRICS.empty_table()
+
+
+def gauge(run: Run, values: dict[str, float]) -> None:
+    """Set Prometheus gauges zfnet_NAME, tagged with the run's name; nothing where Ray does not run."""
+    if not ray.is_initialized():
+        return
+    for name, value in values.items():
+        if name not in _GAUGES:
+            _GAUGES[name] = Gauge(f"zfnet_{name}", description=_description(name), tag_keys=("run",))
+        _GAUGES[name].set(float(value), tags={"run": run.location.name})
+
+
+def _description(name: str) -> str:
+    if name not in METRICS.names:
+        return "Steps of training so far."
+    return str(METRICS.field(name).metadata[b"doc"].decode())
+
+
+def write_tensorboard(run: Run, rows: list[dict[str, float]]) -> None:
+    """Add rows of the table to the event files in RUN/tensorboard, a curve a column."""
+    from tensorboardX import SummaryWriter  # Ray Train brings it
+
+    with SummaryWriter(str((run.location / "tensorboard").local)) as writer:
+        for row in rows:
+            for name in set(METRICS.names) - {"epoch"}:
+                writer.add_scalar(name, row[name], int(row["epoch"]))
+
+
+class Pace:
+    """How fast an epoch goes, written for the driver every few seconds: it may be on another machine."""
+
+    def __init__(self, run: Run, every_seconds: float) -> None:
+        self.run, self.every = run, every_seconds
+        self.said = time.monotonic()
+        self.step: int | None = None
+        self.waited = 0.0
+
+    def advance(self, step: int, total: int, steps: int, batch: int, waited: float) -> None:
+        """A step is done.
+
+        Args:
+            step: steps so far, over all epochs.
+            total: steps of the whole training.
+            steps: steps of an epoch.
+            batch: images a step, over all workers.
+            waited: seconds spent waiting for images, in this epoch.
+        """
+        now = time.monotonic()
+        if self.step is None:  # the first step warms up: it counts for nothing
+            self.step, self.said, self.waited = step, now, waited
+        seconds = now - self.said
+        if seconds < self.every:
+            return
+        rate = (step - self.step) / seconds
+        values = {"images_per_second": rate * batch, "data_wait_share": (waited - self.waited) / seconds}
+        gauge(self.run, {**values, "step": step})
+        where = {"step": step, "steps": steps, "seconds_left": (total - step) / rate}
+        pace_file(self.run).write(json.dumps({**where, **values}).encode())
+        self.step, self.said, self.waited = step, now, waited
+
+
+def pace_file(run: Run) -> Location:
+    """The file that says how fast the current epoch goes."""
+    return run.location / "checkpoints" / "pace.json"
+
+
+def pace(run: Run) -> dict[str, Any] | None:
+    """What was last written of the pace, or None."""
+    try:
+        found: dict[str, Any] = json.loads(pace_file(run).read())
+        return found
+    except FileNotFoundError:
+        return None

@@ -32,10 +32,11 @@ class Progress:
             self.said = now
             rate = self.done_samples / max(now - self.started, 1e-9)
             left = (self.samples - self.done_samples) / rate
-            say(f"{self.name}: {self.done}/{self.parts} parts, {rate:.1f} images/s, {_clock(left)} left")
+            say(f"{self.name}: {self.done}/{self.parts} parts, {rate:.1f} images/s, {clock(left)} left")
 
 
-def _clock(seconds: float) -> str:
+def clock(seconds: float) -> str:
+    """Hours, minutes and seconds, as 1:02:03 or 02:03."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes:02d}:{seconds:02d}"

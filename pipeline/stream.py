@@ -64,16 +64,22 @@ def epoch_order(shards: npt.NDArray[np.generic], seed: int, epoch: int) -> npt.N
 
 
 def rank_batches(
-    shards: npt.NDArray[np.generic], *, seed: int, first_epoch: int, epochs: int, batch: int, rank: int, world: int
+    shards: npt.NDArray[np.generic], *, seed: int, first_step: int, epochs: int, batch: int, rank: int, world: int
 ) -> Iterator[list[Place]]:
-    """The batches of one rank, epoch after epoch: its share of each global batch.
+    """The batches of one rank from the step numbered `first_step` (from 0, over all epochs): its share of each.
 
     The samples that do not fill an epoch's last batch are left out of that epoch; they differ from epoch to epoch.
     """
-    for epoch in range(first_epoch, epochs + 1):
+    steps = len(shards) // batch
+    for epoch in range(first_step // steps + 1, epochs + 1):
         order = epoch_order(shards, seed, epoch)
-        for start in range(0, len(order) - batch + 1, batch):
-            yield [(epoch, int(row)) for row in order[start + rank : start + batch : world]]
+        for step in range(max(first_step - (epoch - 1) * steps, 0), steps):
+            share = order[step * batch : (step + 1) * batch][rank::world]
+            yield [(epoch, int(row)) for row in share]
+
+
+_Taken = tuple[images.Pixels, int, int, int, npt.NDArray[np.float64] | None]
+"""Pixels of the crop, its top and left, the label, and the shift of the colours."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,6 +93,8 @@ class Examples:
     left: Tensor
     label: Tensor
     """int64 [N]."""
+    colour: Tensor | None
+    """float32 [N, 3], RGB: what is added to every pixel of an image; None: nothing."""
     skipped: list[Skipped]
 
 
@@ -94,9 +102,15 @@ class Images(Dataset[Any]):
     """Labelled samples by place, decoded and cropped."""
 
     def __init__(
-        self, index: Index, rows: pa.Table, preprocessing: Preprocessing, seed: int, smallest: float | None = None
+        self,
+        index: Index,
+        rows: pa.Table,
+        preprocessing: Preprocessing,
+        seed: int,
+        smallest: float | None = None,
+        colours: npt.NDArray[np.float64] | None = None,
     ) -> None:
-        self.index, self.rows, self.seed, self.smallest = index, rows, seed, smallest
+        self.index, self.rows, self.seed, self.smallest, self.colours = index, rows, seed, smallest, colours
         self.resize_px, self.crop_px = preprocessing.resize_px, preprocessing.crop_px
 
     def __len__(self) -> int:
@@ -105,7 +119,7 @@ class Images(Dataset[Any]):
     def __getitems__(self, places: list[Place]) -> Examples:
         """A batch; what cannot be read is in its `skipped`."""
         found = self.index.read(self.rows.take(pa.array([row for _, row in places], type=pa.int64())))
-        taken: list[tuple[images.Pixels, int, int, int]] = []
+        taken: list[_Taken] = []
         skipped: list[Skipped] = []
         for (epoch, _), sample in zip(places, found, strict=True):
             if isinstance(sample, Skipped):
@@ -117,23 +131,27 @@ class Images(Dataset[Any]):
                 skipped.append(Skipped(sample.shard, sample.key, error.reason, error.detail))
         return self._collate(taken, skipped)
 
-    def _crop(self, sample: Sample, epoch: int) -> tuple[images.Pixels, int, int, int]:
+    def _crop(self, sample: Sample, epoch: int) -> _Taken:
         image = images.decode(sample.image)
         label = sample.label
         assert label is not None  # rows are chosen by `labelled`
         if epoch == 0:
             pixels, _ = images.centre_crop(image, self.resize_px, self.crop_px)
             start = images.centre_offset(self.resize_px, self.crop_px)
-            return pixels, start, start, label
+            return pixels, start, start, label, None
         digest = hashlib.blake2b(f"{self.seed} {epoch} {sample.key}".encode("utf-8", "surrogatepass"), digest_size=8)
         rng = np.random.default_rng(int.from_bytes(digest.digest(), "little"))
-        return (*images.random_crop(image, self.resize_px, self.crop_px, rng, self.smallest), label)
+        pixels, top, left = images.random_crop(image, self.resize_px, self.crop_px, rng, self.smallest)
+        colour = None if self.colours is None else rng.standard_normal(3) @ self.colours
+        return pixels, top, left, label, colour
 
-    def _collate(self, taken: list[tuple[images.Pixels, int, int, int]], skipped: list[Skipped]) -> Examples:
+    def _collate(self, taken: list[_Taken], skipped: list[Skipped]) -> Examples:
         side = self.crop_px
         pixels = np.stack([item[0] for item in taken]) if taken else np.empty((0, side, side, 3), dtype=np.uint8)
         top, left, label = (torch.tensor([item[i] for item in taken], dtype=torch.int64) for i in (1, 2, 3))
-        return Examples(torch.from_numpy(pixels), top, left, label, skipped)
+        colours = [item[4] for item in taken if item[4] is not None]
+        colour = torch.from_numpy(np.stack(colours).astype(np.float32)) if colours else None
+        return Examples(torch.from_numpy(pixels), top, left, label, colour, skipped)
 
 
 def labelled(index: Index, split: str, classes: int) -> tuple[pa.Table, list[Skipped]]:

@@ -1,4 +1,4 @@
-"""Training on Ray Train: any number of workers, CPU or GPU, resumed after a crash at the last epoch's end.
+"""Training on Ray Train: any number of workers, CPU or GPU, resumed after a crash at the exact sample.
 
 The data order, the augmentation and the learning rate are functions of (seed, epoch, step): see pipeline/stream.py
 and zfnet/recipe.py. Checkpoints are our own (pipeline/checkpoints.py), so the same command goes on where it stopped,
@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -23,13 +23,13 @@ from pipeline import cluster, metrics, tables
 from pipeline.cluster import Workers
 from pipeline.errors import SweepFailed
 from pipeline.loop import Plan, Trainer, describe
-from pipeline.progress import EXIT_SKIPPED, say
+from pipeline.progress import EXIT_SKIPPED, clock, say
 from pipeline.runs import Run, RunError, require_visible
 from pipeline.sources.default import DEFAULT, shards_or_default
 from pipeline.storage import Location
 from pipeline.stream import labelled
 from zfnet import models
-from zfnet.recipe import Initialisation, Recipe, Schedule, recipe_for
+from zfnet.recipe import PRESETS, Colour, Initialisation, Precision, Recipe, Schedule, preset_of
 
 MAX_FAILURES = 3
 """How often Ray Train starts the workers again after one of them died."""
@@ -47,6 +47,8 @@ class Options:
     """Folder of the shards' index, where it is not in the folder of the shards."""
     architecture: str = "zfnet_small"
     """Network, by name."""
+    preset: Literal["zfnet", "alexnet", "small"] | None = None
+    """Recipe that the following options change: a paper's, or one for small networks; default the network's own."""
     epochs: int | None = None
     """Passes over the training images."""
     batch: int | None = None
@@ -59,6 +61,18 @@ class Options:
     """First weights: the paper's N(0, 0.01), or He's."""
     schedule: Schedule | None = None
     """Learning rate over time: divided at plateaus, as in the papers, or a cosine."""
+    dropout: float | None = None
+    """Probability that a hidden unit is dropped; default the network's own."""
+    colour: Colour | None = None
+    """Random shift of an image's colours: none, AlexNet's as printed, or what cuda-convnet ran."""
+    precision: Precision | None = None
+    """Arithmetic: float32, bf16 autocast, or float64 for comparing runs."""
+    channels_last: bool = False
+    """Lay images and filters out with the channels innermost."""
+    compile: bool = False
+    """Let torch.compile fuse the network; needs a C++ compiler on CPU."""
+    accumulate: int | None = None
+    """Slices that a worker computes its share of a batch in, to save memory; default 1."""
     smallest_crop: float | None = None
     """Crops of any size from this share of the image to the whole; default crops of the network's input size."""
     seed: int = 0
@@ -73,6 +87,12 @@ class Options:
     """Largest share of samples that may be skipped; above it the job ends with exit status 3."""
     decoders: int | None = None
     """Processes of each worker that decode images; default its number of CPUs, 0: the worker decodes itself."""
+    checkpoint_steps: int = 1000
+    """Steps between two checkpoints inside an epoch; each epoch's end has one anyway. It never changes a result."""
+    min_workers: int | None = None
+    """Elastic training: start and go on with as few workers as this, and use up to --workers.num as nodes come."""
+    tensorboard: bool = False
+    """Write each epoch's metrics for TensorBoard too, to RUN/tensorboard; needs a local --run."""
     workers: Workers = field(default_factory=Workers)
     """What the job asks of the cluster."""
 
@@ -84,6 +104,7 @@ def run(options: Options) -> int:
     """
     plan = _plan(options)
     directory = Run.at(options.run)
+    _refuse_places(options, directory)
     if (directory.location / "run.json").exists():
         _refuse_other(directory, directory.describe().get("training", {}), plan)
         say(f"train: finished already: {directory.location}")
@@ -91,9 +112,17 @@ def run(options: Options) -> int:
     _claim(directory, plan)
     say(f"train: {json.dumps(asdict(plan))}")
     started = time.time()
-    with _reporting(directory, plan.recipe.epochs):
+    with _reporting(directory, plan.recipe.epochs, options.tensorboard):
         if options.workers.num == 0:
-            Trainer(plan, rank=0, world=1, device="cpu", decoders=options.decoders or 0).run()
+            trainer = Trainer(
+                plan,
+                rank=0,
+                world=1,
+                device="cpu",
+                decoders=options.decoders or 0,
+                checkpoint_steps=options.checkpoint_steps,
+            )
+            trainer.run()
         else:
             _on_ray(options, plan, directory)
     if not (directory.location / "run.json").exists():
@@ -101,6 +130,19 @@ def run(options: Options) -> int:
     model_id = directory.describe()["model_id"]
     say(f"train: model {model_id} after {time.time() - started:.1f} s: {directory.location}")
     return _status(directory, plan, options.max_skipped)
+
+
+def _refuse_places(options: Options, directory: Run) -> None:
+    """Options that decide no result. Raises: RunError."""
+    if options.checkpoint_steps < 1:
+        raise RunError(f"--checkpoint-steps is {options.checkpoint_steps}: give at least 1")
+    if options.min_workers is not None and not 1 <= options.min_workers <= (options.workers.num or 0):
+        raise RunError(
+            f"--min-workers is {options.min_workers} and --workers.num {options.workers.num}: give 1 or more, and "
+            "--workers.num as the largest number of workers"
+        )
+    if options.tensorboard and directory.location.local is None:
+        raise RunError(f"--tensorboard writes to a local disk, and --run is {directory.location}: leave it out")
 
 
 def _plan(options: Options) -> Plan:
@@ -149,9 +191,8 @@ def _recipe(options: Options) -> Recipe:
     """The network's preset with what was given on the command line."""
     given = {field.name: getattr(options, field.name, None) for field in fields(Recipe)}
     try:
-        return replace(
-            recipe_for(options.architecture), **{name: value for name, value in given.items() if value is not None}
-        )
+        preset = PRESETS[options.preset or preset_of(options.architecture)]
+        return replace(preset, **{name: value for name, value in given.items() if value is not None})
     except ValueError as error:
         raise RunError(str(error)) from None
 
@@ -181,19 +222,26 @@ def _refuse_other(directory: Run, known: dict[str, Any], plan: Plan) -> None:
 
 
 @contextmanager
-def _reporting(directory: Run, epochs: int) -> Iterator[None]:
-    """Say each epoch as its metrics appear, wherever the workers run."""
+def _reporting(directory: Run, epochs: int, tensorboard: bool) -> Iterator[None]:
+    """Say each epoch as its metrics appear, and the pace inside one, wherever the workers run."""
     stop = threading.Event()
     said = metrics.read(directory).num_rows
+    pace = metrics.pace(directory)
 
     def report() -> None:
-        nonlocal said
+        nonlocal said, pace
         while True:
             ended = stop.wait(1.0)
             rows = metrics.read(directory).slice(said).to_pylist()
             for row in rows:
                 _say_epoch(row, epochs)
+            if rows and tensorboard:
+                metrics.write_tensorboard(directory, rows)
             said += len(rows)
+            now = metrics.pace(directory)
+            if now and now != pace and not ended:
+                _say_pace(now, epochs)
+            pace = now
             if ended:
                 return
 
@@ -206,12 +254,21 @@ def _reporting(directory: Run, epochs: int) -> Iterator[None]:
         thread.join()
 
 
+def _say_pace(pace: dict[str, Any], epochs: int) -> None:
+    epoch, step = divmod(pace["step"] - 1, pace["steps"])
+    say(
+        f"train: epoch {epoch + 1}/{epochs}, step {step + 1}/{pace['steps']}  "
+        f"{pace['images_per_second']:.0f} images/s  waiting {pace['data_wait_share']:.0%}  "
+        f"{clock(pace['seconds_left'])} left, validation apart"
+    )
+
+
 def _say_epoch(row: dict[str, Any], epochs: int) -> None:
-    minutes, seconds = divmod(round(row["seconds"] * (epochs - row["epoch"])), 60)
+    left = clock(row["seconds"] * (epochs - row["epoch"]))
     say(
         f"train: epoch {row['epoch']}/{epochs}  loss {row['train_loss']:.3f}  top-1 {row['validation_top1']:.1%}  "
         f"top-5 {row['validation_top5']:.1%}  {row['images_per_second']:.0f} images/s  "
-        f"waiting {row['data_wait_share']:.0%}  {minutes:02d}:{seconds:02d} left"
+        f"waiting {row['data_wait_share']:.0%}  {left} left"
     )
 
 
@@ -219,11 +276,19 @@ def _on_ray(options: Options, plan: Plan, directory: Run) -> None:
     """Train on the cluster with Ray Train."""
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
     with cluster.connected(options.address):
-        resources = cluster.resolve(options.workers)
+        # Elastic: the smallest group must fit now; Ray Train adds workers as the cluster has room for them.
+        least = options.min_workers
+        resources = cluster.resolve(options.workers if least is None else replace(options.workers, num=least))
         decoders = options.decoders if options.decoders is not None else resources.cpus
         # Decoding takes about as much of a CPU as a small network does; torch's threads would only wait for it.
-        config = {"plan": plan, "decoders": decoders, "threads": max(1, resources.cpus // 2)}
-        cluster.fit(_worker, config, resources, MAX_FAILURES)
+        config = {
+            "plan": plan,
+            "decoders": decoders,
+            "threads": max(1, resources.cpus // 2),
+            "checkpoint_steps": options.checkpoint_steps,
+        }
+        most = None if least is None else options.workers.num
+        cluster.fit(_worker, config, resources, MAX_FAILURES, most)
 
 
 def _worker(config: dict[str, Any]) -> None:
@@ -232,7 +297,15 @@ def _worker(config: dict[str, Any]) -> None:
     torch.set_num_threads(config["threads"])
     plan: Plan = config["plan"]
     require_visible(str(claim_of(Run.at(plan.run))))
-    Trainer(plan, rank=rank, world=world, device=device, decoders=config["decoders"]).run()
+    trainer = Trainer(
+        plan,
+        rank=rank,
+        world=world,
+        device=device,
+        decoders=config["decoders"],
+        checkpoint_steps=config["checkpoint_steps"],
+    )
+    trainer.run()
 
 
 def _status(directory: Run, plan: Plan, max_skipped: float) -> int:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from zfnet.descent import Semantics
 from zfnet.graph import Graph, Operation, Pair, Window
-from zfnet.receptive import ReceptiveField, beneath
+from zfnet.receptive import ReceptiveField, beneath, whole_map
 from zfnet.windows import Windows
 
 Keep = dict[str, Tensor]
@@ -140,6 +140,8 @@ class _Ascent:
 
     def _read(self, op: Operation, source: str, x: Tensor) -> Tensor:
         """Of an input's planned window the part that the operation's planned window is computed from."""
+        if op.kind == "binpool":
+            return self.windows.move(x, self.plan[source], whole_map(self.graph, source))
         if op.window is None and not op.pointwise:
             return x
         field = self.plan[op.name] if op.window is None else beneath(self.plan[op.name], op.window)
@@ -154,6 +156,8 @@ class _Ascent:
         window = op.window
         if window is None or op.kind == "pad":
             y: Tensor = read[0] if op.kind == "pad" else op.compute(*read)
+            if op.kind == "binpool" and y.ndim == 4:
+                y = self.windows.move(y, whole_map(self.graph, op.name), self.plan[op.name])
             return y
         if op.kind == "conv":
             assert isinstance(op.module, nn.Conv2d)

@@ -106,8 +106,8 @@ def project(record: Record, layer: str, cells: Cells, memory_mb: float = MEMORY_
     """Project cells of a recorded layer, each alone, down to the pixels of its receptive field.
 
     With the semantics cells="all" each projection is that of the whole feature map, over the whole image, and the
-    cells' rows and columns do not matter. Windows on their way take `memory_mb` megabytes of memory, or as much as a single
-    one needs; beside rounding the result does not depend on it. The same call gives the same bits (on CUDA under
+    cells' rows and columns do not matter. Windows on their way take `memory_mb` megabytes of memory, or as much as a
+    single one needs; beside rounding the result does not depend on it. The same call gives the same bits (on CUDA under
     torch.use_deterministic_algorithms, for the sums of unpooling). Raises ValueError for a layer that was not recorded
     and for cells that are not on its maps.
     """

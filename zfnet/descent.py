@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from zfnet.graph import Graph, Operation, Pair, Window
-from zfnet.receptive import ReceptiveField, beneath
+from zfnet.graph import Graph, Operation, Pair, Window, bins
+from zfnet.receptive import ReceptiveField, beneath, whole_map
 from zfnet.windows import Windows
 
 
@@ -227,6 +227,16 @@ def _spread(descent: Descent, op: Operation, signal: Tensor, field: ReceptiveFie
     yield op.inputs[0], descent.windows.clear_beside_(spread, below, descent.map_size(op.inputs[0])), below
 
 
+def _spread_bins(descent: Descent, op: Operation, signal: Tensor, field: ReceptiveField) -> Iterator[Contribution]:
+    """Average pooling over bins of several sizes, on the whole map: every cell of a bin gets the same share."""
+    graph, source = descent.graph, op.inputs[0]
+    rows, cols = (m.to(signal.device, signal.dtype) for m in bins(op, graph.operations[source].shape))
+    if signal.ndim == 2:
+        signal = signal[:, :, None, None]
+    signal = descent.windows.move(signal, field, whole_map(graph, op.name))
+    yield source, rows.T @ signal @ cols, whole_map(graph, source)
+
+
 def _unpool(descent: Descent, op: Operation, signal: Tensor, field: ReceptiveField) -> Iterator[Contribution]:
     """Sec. 2.1, "unpooling": each signal goes to the place of its window's maximum, by that image's switches.
 
@@ -290,6 +300,7 @@ WAYS_DOWN: dict[str, Callable[[Descent, Operation, Tensor, ReceptiveField], Iter
     "relu": _rectify,
     "maxpool": _unpool,
     "avgpool": _spread,
+    "binpool": _spread_bins,
     "normalisation": _denormalise,
     "batchnorm": _rescale,
     "identity": _pass,

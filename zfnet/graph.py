@@ -47,8 +47,9 @@ class Window:
 class Operation:
     """One step of the network.
 
-    `kind` is one of input, conv, linear, relu, maxpool, avgpool, normalisation, batchnorm, identity, pad, add, cat,
-    flatten, softmax; "value" for what is not an activation (a size, a parameter); "unknown" for anything else.
+    `kind` is one of input, conv, linear, relu, maxpool, avgpool, binpool (averages over bins of several sizes, or to
+    units: `zfnet.graph.bins`), normalisation, batchnorm, identity, pad, add, cat, flatten, softmax; "value" for what is
+    not an activation (a size, a parameter); "unknown" for anything else.
     """
 
     name: str
@@ -125,7 +126,7 @@ class Graph:
         beneath = [layer for layer in self.layers if not self._has_unknown(self.ancestors([self.activation_of(layer)]))]
         return (
             f"{len(self.unknown)} of {len(self.operations)} operations are not understood ({'; '.join(named)}). "
-            "Sweeps work on every layer, and occlusion, which runs the network whole from there on. Projections work "
+            "Sweeps work on every layer. Projections, and the occlusion job, which projects the last convolution, work "
             f"for the layers beneath all of them: {', '.join(beneath) or 'none'}"
         )
 
@@ -249,6 +250,24 @@ def average_counts(op: Operation, map_shape: Sequence[int]) -> tuple[Tensor, Ten
     if module.divisor_override is not None:
         factors = [torch.full_like(factors[0], module.divisor_override), torch.ones_like(factors[1])]
     return factors[0], factors[1]
+
+
+def bins(op: Operation, map_shape: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """What a "binpool" averages, as two matrices, rows [rows out, rows in] and columns [columns out, columns in].
+
+    `map_shape` is the (..., rows, columns) of its input: output = rows @ map @ columns.T. Bin i of n over a length of m
+    cells is, as torch has it, floor(i m / n) to ceil((i + 1) m / n): bins overlap where n does not divide m, and repeat
+    cells where n > m.
+    """
+    cells_out = op.shape[1:] if len(op.shape) == 3 else (1, 1)
+    matrices = []
+    for count, length in zip(cells_out, map_shape[-2:], strict=True):
+        matrix = torch.zeros(count, length, dtype=torch.float64)
+        for i in range(count):
+            first, end = i * length // count, -(-(i + 1) * length // count)
+            matrix[i, first:end] = 1 / (end - first)
+        matrices.append(matrix)
+    return matrices[0], matrices[1]
 
 
 @contextmanager

@@ -68,6 +68,8 @@ def read_module(module: nn.Module, before: tuple[int, ...], after: tuple[int, ..
     """What a module does to one tensor whose shapes, without the batch, are `before` and `after`."""
     kind = kind_of_module(module)
     run = module.forward
+    if isinstance(module, MeanOfMap):
+        return Meaning("binpool", module, compute=run)
     if kind in ("conv", "maxpool", "avgpool", "pad") and len(before) == 3:
         return _read_window(module, kind, before, after)
     if kind == "linear" and len(before) == 1:
@@ -85,6 +87,14 @@ def read_module(module: nn.Module, before: tuple[int, ...], after: tuple[int, ..
     if isinstance(module, nn.Softmax) and module.dim in (1, -len(before)):
         return Meaning("softmax", module, compute=run)
     return Meaning("unknown", module, pointwise=isinstance(module, _POINTWISE))
+
+
+class MeanOfMap(nn.Module):
+    """`x.mean([2, 3])`: maps to units."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, maps, rows, columns] -> [N, maps]."""
+        return x.mean((2, 3))
 
 
 def _batch_norm(module: nn.BatchNorm1d | nn.BatchNorm2d) -> Callable[[Tensor], Tensor]:
@@ -106,8 +116,11 @@ def _read_window(module: nn.Module, kind: str, before: tuple[int, ...], after: t
         stride = _pair(module.stride or module.kernel_size)
         window = Window(_pair(module.kernel_size), stride, dilation, pad, pad, module.ceil_mode)
     elif isinstance(module, nn.AdaptiveAvgPool2d | nn.AdaptiveMaxPool2d):
-        if before[1] % after[1] or before[2] % after[2] or getattr(module, "return_indices", False):
-            return unknown  # windows of several sizes
+        if getattr(module, "return_indices", False):
+            return unknown
+        if before[1] % after[1] or before[2] % after[2]:  # windows of several sizes
+            average = isinstance(module, nn.AdaptiveAvgPool2d)
+            return Meaning("binpool", module, compute=module.forward) if average else unknown
         kernel = (before[1] // after[1], before[2] // after[2])
         same = nn.AvgPool2d(kernel) if isinstance(module, nn.AdaptiveAvgPool2d) else nn.MaxPool2d(kernel)
         return Meaning(kind, same, Window(kernel, kernel), module.forward)
@@ -220,7 +233,9 @@ def _pad(input: Tensor, pad: Any, mode: str = "constant", value: float | None = 
 
 def _mean(input: Tensor, dim: Any = None, keepdim: bool = False, **_: Any) -> nn.Module | None:  # noqa: A002
     spatial = isinstance(dim, tuple | list) and sorted(d % input.ndim for d in dim) == [2, 3]
-    return nn.AvgPool2d(_pair(input.shape[2:])) if spatial and keepdim and input.ndim == 4 else None
+    if not spatial or input.ndim != 4:
+        return None
+    return nn.AvgPool2d(_pair(input.shape[2:])) if keepdim else MeanOfMap()
 
 
 def _softmax(input: Tensor, dim: int | None = None, *_: Any, **__: Any) -> nn.Module:  # noqa: A002

@@ -31,7 +31,7 @@ class LocalResponseNorm(nn.Module):
 
     With `convention="configuration"` it equals `torch.nn.LocalResponseNorm` of the same numbers; with "printed"
     that of `alpha * size`. It adds shifted maps where torch runs a three-dimensional pooling: on two CPU cores,
-    forward and backward together, 4 to 6 times faster. It also takes half precision, and sums it in float32.
+    forward and backward together, 3 to 6 times faster. It also takes half precision, and sums it in float32.
 
     Args:
         size: feature maps in the window, n. An even window reaches one map further down than up, as in torch.

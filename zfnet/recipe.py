@@ -16,10 +16,17 @@ from torch import Tensor, nn
 
 Initialisation = Literal["paper", "he"]
 Schedule = Literal["plateau", "cosine"]
+Colour = Literal["none", "paper", "cuda-convnet"]
+Precision = Literal["float32", "bf16", "float64"]
 
 PAPER_STD = 1e-2  # ZFNet Sec. 3: "All weights are initialized to 10^-2 and biases are set to 0"
 PAPER_RADIUS = 1e-1  # ZFNet Sec. 3: "whose RMS value exceeds a fixed radius of 10^-1"
+ALEXNET_ONES = ("conv2", "conv4", "conv5", "fc6", "fc7")  # AlexNet Sec. 5: biases that begin at 1
+COLOUR_STD = 0.1  # AlexNet Sec. 4.1: alpha_i ~ N(0, 0.1)
 PIXEL_STD = 64.0  # standard deviation of a pixel, between -128 and 128, about its mean
+
+
+_WORDS = {"init": Initialisation, "schedule": Schedule, "colour": Colour, "precision": Precision}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +45,13 @@ class Recipe:
     """Pull of every weight to zero. ZFNet states none; AlexNet's (Sec. 5)."""
     init: Initialisation = "paper"
     """First weights: "paper" draws all from N(0, 0.01); "he" scales each layer to the width of its input."""
+    ones: tuple[str, ...] = ()
+    """Layers whose biases begin at 1, where the network has them; all others begin at 0."""
+    dropout: float | None = None
+    """Probability that a hidden unit is dropped; None: the network's own, 0.5 in the papers' networks."""
+    colour: Colour = "none"
+    """Shift of an image's colours along their principal components: none (ZFNet), AlexNet's as printed, or what
+    cuda-convnet ran."""
     schedule: Schedule = "plateau"
     """Learning rate over time: "plateau" divides it when the validation error stops falling, as the papers did by
     hand; "cosine" falls smoothly to zero."""
@@ -54,15 +68,25 @@ class Recipe:
     to the whole, for small data sets; the mean that is subtracted is then one a channel."""
     renormalise: float | None = PAPER_RADIUS
     """Highest root mean square of a convolution filter, enforced after every step; none switches it off."""
+    precision: Precision = "float32"
+    """Arithmetic: "bf16" is autocast, with weights in float32; "float64" is for comparing runs."""
+    channels_last: bool = False
+    """Lay images and filters out with the channels innermost."""
+    compile: bool = False
+    """Let torch.compile fuse the network."""
+    accumulate: int = 1
+    """Slices that a worker computes its share of a batch in, one after the other, to save memory."""
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch", "lr"):
+        for name in ("epochs", "batch", "lr", "accumulate"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected more than 0")
         for name in ("momentum", "warmup"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected 0 or more, and less than 1")
-        for name, words in (("init", Initialisation), ("schedule", Schedule)):
+        if self.dropout is not None and not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout is {self.dropout}; expected 0 or more, and less than 1")
+        for name, words in _WORDS.items():
             if getattr(self, name) not in get_args(words):
                 raise ValueError(f"{name} is {getattr(self, name)!r}; expected one of {', '.join(get_args(words))}")
         if self.smallest_crop is not None and not 0 < self.smallest_crop <= 1:
@@ -71,17 +95,26 @@ class Recipe:
             raise ValueError(f"renormalise is {self.renormalise}; expected a radius above 0, or None for no limit")
 
 
-_RECIPES = {
+PRESETS = {
     "zfnet": Recipe(),
+    "alexnet": Recipe(epochs=90, ones=ALEXNET_ONES, colour="paper", renormalise=None),
     # Small data needs more steps than epochs of 128 give, and N(0, 0.01) lets narrow layers swallow the signal. Reaches
     # 99 % on the rendered validation images after some 200 s of CPU time.
-    "zfnet_small": Recipe(epochs=20, batch=32, init="he", schedule="cosine", warmup=0.05),
+    "small": Recipe(epochs=20, batch=32, init="he", schedule="cosine", warmup=0.05),
 }
+"""Recipes by name: Sec. 3 of ZFNet, Sec. 4 and 5 of AlexNet, and one for small networks and data."""
 
 
-def recipe_for(name: str) -> Recipe:
-    """The recipe of a network: the paper's, unless a faster one is known for it."""
-    return _RECIPES.get(name, _RECIPES["zfnet"])
+def preset_of(architecture: str) -> str:
+    """Name of the preset that a network is trained with if none is given."""
+    if architecture.startswith(("zfnet_small", "alexnet_small")):
+        return "small"
+    return "alexnet" if architecture.startswith("alexnet") else "zfnet"
+
+
+def recipe_for(architecture: str) -> Recipe:
+    """The recipe of a network: its paper's, ZFNet's for networks of other papers, a faster one for the small ones."""
+    return PRESETS[preset_of(architecture)]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -89,8 +122,8 @@ def recipe_for(name: str) -> Recipe:
 
 
 @torch.no_grad()
-def initialise(model: nn.Module, how: Initialisation = "paper", seed: int = 0) -> None:
-    """Draw the first weights of every convolution and linear layer, in place; biases become 0.
+def initialise(model: nn.Module, how: Initialisation = "paper", seed: int = 0, ones: tuple[str, ...] = ()) -> None:
+    """Draw the first weights of every convolution and linear layer, in place; biases become 0, or 1 in `ones`.
 
     "paper" is N(0, 0.01) throughout. The paper says "initialized to 10^-2"; the constant would train one feature.
 
@@ -102,6 +135,8 @@ def initialise(model: nn.Module, how: Initialisation = "paper", seed: int = 0) -
         model: changed in place, on whatever device it is.
         how: "paper" or "he".
         seed: the weights depend on it and on the model's shape alone; torch's global generator is left alone.
+        ones: names of layers whose biases become 1 (AlexNet Sec. 5: ALEXNET_ONES); those that the model does not have
+            are left out, so that the papers' networks with layers removed are drawn the same way.
 
     Raises:
         ValueError: `how` is neither.
@@ -109,8 +144,8 @@ def initialise(model: nn.Module, how: Initialisation = "paper", seed: int = 0) -
     if how not in get_args(Initialisation):
         raise ValueError(f"how is {how!r}; expected one of {', '.join(get_args(Initialisation))}")
     generator = torch.Generator().manual_seed(seed)
-    layers = [module for module in model.modules() if isinstance(module, nn.Conv2d | nn.Linear)]
-    for layer in layers:
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, nn.Conv2d | nn.Linear)}
+    for name, layer in layers.items():
         std = PAPER_STD
         if how == "he":
             fan_in = layer.weight[0].numel()
@@ -118,7 +153,14 @@ def initialise(model: nn.Module, how: Initialisation = "paper", seed: int = 0) -
         # Drawn on the CPU, where every machine draws the same.
         layer.weight.copy_(torch.empty(layer.weight.shape).normal_(0, std, generator=generator))
         if layer.bias is not None:
-            layer.bias.zero_()
+            layer.bias.fill_(1.0 if name in ones else 0.0)
+
+
+def set_dropout(model: nn.Module, probability: float) -> None:
+    """Give every dropout of the model this probability, in place; 0 switches dropout off."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = probability
 
 
 @torch.no_grad()
@@ -136,6 +178,40 @@ def renormalise_filters(model: nn.Module, radius: float = PAPER_RADIUS) -> None:
 def _filters(model: nn.Module) -> Iterator[Tensor]:
     """Weights of the convolutions, maps x maps_in x kernel x kernel."""
     return (module.weight for module in model.modules() if isinstance(module, nn.Conv2d))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Colour
+
+
+def colour_axes(covariance: Tensor, variant: Colour) -> Tensor:
+    """Principal components of the colours, each as long as one standard deviation of the shift along it.
+
+    AlexNet Sec. 4.1 adds [p1, p2, p3] [a1 l1, a2 l2, a3 l3]^T with a ~ N(0, 0.1), p the eigenvectors and l the
+    eigenvalues of the covariance of RGB. An eigenvalue has the square of the pixels' unit: with pixels up to 255 it
+    is some 10^4, and shifts of 1,000 would follow. So "paper" takes pixels from 0 to 1. "cuda-convnet" takes the
+    square roots of the eigenvalues, which scale as pixels do; it also divides the shifted image by 1.1
+    (`colour_scale`).
+
+    Args:
+        covariance: [3, 3] of RGB from 0 to 255, over the pixels of the training images.
+        variant: "none" gives zeros.
+
+    Returns: float64 [3, 3]; row i is added a_i times, a_i ~ N(0, 1), to the pixels (0 to 255).
+    """
+    if variant == "none":
+        return torch.zeros(3, 3, dtype=torch.float64)
+    values, vectors = torch.linalg.eigh(covariance.to(torch.float64))
+    # An eigenvector has no sign of its own, and libraries differ: its largest component is made positive.
+    vectors = vectors * vectors.gather(0, vectors.abs().argmax(0, keepdim=True)).sign()
+    lengths = values.clamp_min(0) / 255 if variant == "paper" else values.clamp_min(0).sqrt()
+    axes: Tensor = COLOUR_STD * lengths[:, None] * vectors.T
+    return axes
+
+
+def colour_scale(variant: Colour) -> float:
+    """What a shifted training image is multiplied by: cuda-convnet keeps its variance near that of a test image's."""
+    return 1 / (1 + COLOUR_STD) if variant == "cuda-convnet" else 1.0
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -30,7 +30,8 @@ def trace(model: nn.Module, input_shape: Sequence[int] = (3, 224, 224)) -> Graph
 
     The model is run once on two blank images to learn every shape. A name is the module's qualified name where the
     module is used once, else torch.fx's name. Raises Untraceable for what torch.fx cannot follow (control flow that
-    depends on the image, several inputs or outputs, memory written through overlapping views).
+    depends on the image, several inputs or outputs, memory written through overlapping views), and for images of a size
+    that the model cannot run.
     """
     with torch.no_grad(), evaluating(model):
         nodes, constants = _symbolic_trace(model)
@@ -111,7 +112,7 @@ class _Reader:
         sources = list(dict.fromkeys(_nodes_in(call)))
         args, kwargs = fx.node.map_arg(call, lambda n: self.values[n])
         versions = {n: v._version for n, v in self.values.items() if isinstance(v, Tensor)}
-        result = self._execute(node, args, kwargs)
+        result = self._first_run(node, args, kwargs)
         self.values[node] = result
         written = [n for n, version in versions.items() if self.values[n]._version != version]
         if not self.operations or (self.images.intersection(sources) and _holds_tensor(result)):
@@ -144,6 +145,16 @@ class _Reader:
                 self.last_use[node] = max(self.last_use[node], self.last_use[old])
             else:
                 self.broken[old] = node
+
+    def _first_run(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
+        try:
+            return self._execute(node, args, kwargs)
+        except (RuntimeError, ValueError, TypeError, IndexError) as error:
+            size = " x ".join(map(str, self.input_shape))
+            raise Untraceable(
+                f"{type(self.model).__name__} cannot run images of {size}: {self.names[node]!r} fails with "
+                f"{str(error).strip()!r}. Give the size that the network is made for"
+            ) from error
 
     def _execute(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
         """What the model itself would compute; leaf modules by their forward(), so that no hook is called."""

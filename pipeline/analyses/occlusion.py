@@ -168,8 +168,10 @@ def schema(config: Config) -> pa.Schema:
 
 
 def slices(context: Context) -> list[str]:
-    """One. Raises: RunError for an occluder that does not fit, for keys or classes that do not occur."""
+    """One. Raises: RunError for an occluder that does not fit, keys or classes that do not occur; Unprojectable."""
     context.model.require_classes(context.analysis)
+    blank = torch.zeros(1, *context.graph.input_shape, device=context.device)
+    deconv.record(context.graph, blank, [context.graph.last_convolution])  # refuses what cannot be projected
     grids_of(context)
     samples(context, [SLICE])
     return [SLICE]

@@ -20,6 +20,7 @@ from pipeline.runs import Run, RunError
 from pipeline.shards import Index, index_shards
 from tests.conftest import CLASSES, SHARED
 from zfnet import images, models
+from zfnet.deconv import Unprojectable
 
 TINY = f"{__name__}:tiny"
 MAPS = f"{__name__}:maps_alone"
@@ -295,6 +296,8 @@ def test_what_is_not_understood_is_named_before_the_work_and_sweeps_work(tmp_pat
     run = imported(tmp_path, architecture="torchvision:mobilenet_v3_small", resize_px=40, crop_px=32)
     assert "operations are not understood (Hardswish: features.0.2" in capsys.readouterr().out
     assert sweep.run(top9.ANALYSIS, options_for(run, make_shards(val=[4])), top9.Config()) == 0
+    with pytest.raises(Unprojectable, match="features.12.0.*Hardswish"):
+        sweep.run(occlusion.ANALYSIS, options_for(run, tmp_path / "shards"), occlusion.Config(first=1))
     said = capsys.readouterr().out
     assert said.index("are not understood") < said.index("parts to do")
     assert len(run.manifest("top9")) == len([m for m in run.load_model().network.modules() if type(m) is nn.Conv2d])

@@ -11,7 +11,7 @@ import torch
 from pipeline import checkpoints, train
 from pipeline.cluster import Workers
 from pipeline.loop import Trainer
-from pipeline.mean import mean_image
+from pipeline.mean import measure
 from pipeline.runs import Run, RunError
 from pipeline.shards import BadShards, Index, index_shards
 from pipeline.stream import Images, epoch_order, labelled, rank_batches
@@ -57,7 +57,9 @@ def test_an_epoch_is_well_mixed():
 @pytest.mark.parametrize("world", [1, 2, 3, 16])
 def test_a_global_batch_is_the_same_for_any_number_of_workers(world):
     def batches(rank, world):
-        return list(rank_batches(SHARDS, seed=3, first_epoch=2, epochs=4, batch=32, rank=rank, world=world))
+        return list(
+            rank_batches(SHARDS, seed=3, first_step=(len(SHARDS) // 32), epochs=4, batch=32, rank=rank, world=world)
+        )
 
     whole = batches(0, 1)
     shares = [batches(rank, world) for rank in range(world)]
@@ -68,9 +70,11 @@ def test_a_global_batch_is_the_same_for_any_number_of_workers(world):
 
 def test_going_on_is_the_rest_of_never_having_stopped():
     def batches(first):
-        return list(rank_batches(SHARDS, seed=0, first_epoch=first, epochs=3, batch=16, rank=0, world=1))
+        return list(rank_batches(SHARDS, seed=0, first_step=first, epochs=3, batch=16, rank=0, world=1))
 
-    assert batches(1)[-len(batches(3)) :] == batches(3)
+    whole = batches(0)
+    for first in (1, len(SHARDS) // 16, 2 * (len(SHARDS) // 16) + 7, len(whole)):
+        assert batches(first) == whole[first:]
 
 
 def test_augmentation_depends_on_seed_epoch_and_key_alone(make_shards):
@@ -94,7 +98,7 @@ def test_the_mean_image_is_the_mean(make_shards, world):
     squares = [images.centre_crop(images.decode(s.image), 24, 24)[0].astype(np.int64) for s in index.read(rows)]
     exact = np.stack(squares).sum(0) / len(squares)
     if world == 1:
-        found = mean_image(index, rows, 24, rank=0, world=1, decoders=0)
+        found = measure(index, rows, 24, rank=0, world=1, decoders=0).mean
         assert np.array_equal(found.permute(1, 2, 0), exact.astype(np.float32))
         return
     sums = []
@@ -103,8 +107,8 @@ def test_the_mean_image_is_the_mean(make_shards, world):
         patch("torch.distributed.get_backend", lambda: "gloo"),
     ):
         for rank in range(world):
-            mean_image(index, rows, 24, rank=rank, world=world, decoders=0)
-    total, count = sums[0] + sums[2], sums[1] + sums[3]
+            measure(index, rows, 24, rank=rank, world=world, decoders=0)
+    total, count = sums[0] + sums[3], sums[2] + sums[5]
     assert np.array_equal(total.numpy() / int(count), exact)
 
 
@@ -137,28 +141,32 @@ def test_training_learns_and_leaves_what_it_says(make_shards, tmp_path, capsys):
         train.run(options(run, data, seed=5))
 
 
-def test_a_training_that_was_stopped_ends_with_the_same_bits(make_shards, tmp_path, monkeypatch):
+@pytest.mark.parametrize("when", [2, 4, 6])  # of 3 steps an epoch: inside the first, inside the second, at its end
+def test_a_training_that_was_stopped_ends_with_the_same_bits(make_shards, tmp_path, monkeypatch, when):
     data = make_shards(train=[24], val=[5])
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     train.run(options(whole, data))
     finish = Trainer._checkpoint
 
-    def dies(self):
-        finish(self)
-        if self.epoch == 2:
+    def dies(self, *, inside):
+        finish(self, inside=inside)
+        if self.step == when:
             raise RunError("the power went")
 
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "_checkpoint", dies)
         with pytest.raises(RunError, match="the power went"):
-            train.run(options(stopped, data))
+            train.run(options(stopped, data, checkpoint_steps=2))
     assert not (stopped / "run.json").exists()
     with pytest.raises(RunError, match="holds another training"):
         train.run(options(stopped, data, lr=0.5))
     assert train.run(options(stopped, data)) == 0
     one, two = weights(whole), weights(stopped)
     assert one.model_id == two.model_id
-    assert pd.read_parquet(stopped / "metrics").epoch.tolist() == [1, 2, 3]
+    assert {path.name for path in (stopped / "checkpoints").glob("step-*")} == set()
+    timed = ["images_per_second", "data_wait_share", "seconds"]
+    first, second = (pd.read_parquet(run / "metrics").drop(columns=timed) for run in (whole, stopped))
+    pd.testing.assert_frame_equal(first, second, check_exact=True)
 
 
 def test_a_checkpoint_without_its_manifest_does_not_exist(make_shards, tmp_path):
@@ -170,13 +178,19 @@ def test_a_checkpoint_without_its_manifest_does_not_exist(make_shards, tmp_path)
     assert max(checkpoints.finished(directory)) == 2
     (run / "checkpoints" / "epoch-0002" / "optimizer.pt").write_bytes(b"junk")
     with pytest.raises(RunError, match="epoch-0002 cannot be read"):
-        checkpoints.read(directory, 2)
+        checkpoints.read(directory, "epoch-0002")
+
+
+def _checkpoint(epoch):
+    return checkpoints.Checkpoint(
+        step=10 * epoch, epoch=epoch, tensors={"w": torch.zeros(1)}, optimizer={}, history=[0.0] * epoch
+    )
 
 
 def test_only_what_is_needed_of_old_checkpoints_is_kept(tmp_path):
     run = Run.at(str(tmp_path))
     for epoch in range(1, 13):
-        checkpoints.write(run, checkpoints.Checkpoint(epoch, {"w": torch.zeros(1)}, {}, [0.0] * epoch))
+        checkpoints.write(run, _checkpoint(epoch))
     assert checkpoints.finished(run) == [1, 2, 5, 10, 11, 12]
     kept = sorted(path.parent.name for path in tmp_path.glob("checkpoints/*/optimizer.pt"))
     assert kept == ["epoch-0011", "epoch-0012"]

@@ -521,6 +521,33 @@ def test_random_branches_sum_their_windows(forks, seed):
         assert torch.equal(got, expected)
 
 
+class Bins(nn.Module):
+    """Averages over bins of several sizes, more of them than cells too, and over the whole map."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv1, self.conv2, self.conv3 = nn.Conv2d(3, 4, 5, 3), nn.Conv2d(4, 5, 3, padding=1), nn.Conv2d(5, 4, 2)
+        self.shrink, self.repeat, self.fc = nn.AdaptiveAvgPool2d((5, 3)), nn.AdaptiveAvgPool2d((7, 7)), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.conv2(self.shrink(F.relu(self.conv1(x)))))
+        return self.fc(F.relu(self.conv3(self.repeat(x))).mean((2, 3)))
+
+
+@pytest.mark.parametrize("layer", ["shrink", "conv2", "repeat", "conv3", "mean", "fc"])
+@pytest.mark.parametrize("relu", ["deconvnet", "gradient"])
+def test_averages_over_bins_of_several_sizes_share_their_signal(layer, relu):
+    torch.manual_seed(6)
+    model = Bins().eval().double()
+    images = torch.randn(2, 3, 37, 61, dtype=torch.float64)
+    assert gradient_error(model, images, layer, rectify=relu == "deconvnet", relu=relu) <= 1e-12
+    graph = trace(model, (3, 37, 61))
+    cells = some_cells(record(graph, images, [layer]).activation(layer), 4, seed=2)
+    whole, windows = whole_and_in_windows(graph, images, layer, cells, relu=relu)
+    for got, expected in zip(windows, whole, strict=True):
+        assert error(got, expected) <= 1e-12
+
+
 def test_functional_relus_of_googlenet_rectify_too():
     model = torchvision_network("googlenet", seed=6).double()
     images = torch.randn(1, 3, 64, 64, dtype=torch.float64)

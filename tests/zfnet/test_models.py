@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from zfnet import models
-from zfnet.models.layers import Architecture, Convolution, Network, Pool
+from zfnet.models.layers import Network, Pool
 from zfnet.normalisation import LocalResponseNorm
 
 ZFNET_CHILDREN = [
@@ -104,10 +104,140 @@ def test_small_network_differs_from_zfnet_in_its_table_alone() -> None:
 
 @pytest.mark.parametrize("name", models.names())
 def test_every_network_runs_at_its_own_size(name) -> None:
-    network = models.build(name, classes=7).eval()
-    assert network.resize_px >= network.input_px
-    with torch.no_grad():
+    with torch.device("meta"):  # shapes alone: the largest has 237 million parameters
+        network = models.build(name, classes=7).eval()
+        assert network.resize_px >= network.input_px
         assert network(torch.zeros(2, 3, network.input_px, network.input_px)).shape == (2, 7)
+
+
+SUFFIXES = ("no34", "no7", "no67", "no3467", "fc2048", "fc8192", "wide", "wide_fc8192")
+
+
+def test_names_are_the_papers_networks_and_every_row_of_the_architecture_table() -> None:
+    varied = ("zfnet", "zfnet_small", "alexnet", "alexnet_small")
+    assert set(models.names()) == {*varied, "alexnet_ungrouped", *(f"{n}_{s}" for n in varied for s in SUFFIXES)}
+
+
+def parameters(name: str) -> int:
+    with torch.device("meta"):
+        return sum(p.numel() for p in models.build(name).parameters())
+
+
+# PAPERS 1.11, and 2.2 for the first two.
+COUNTED = {
+    "alexnet": 60_965_224,
+    "alexnet_ungrouped": 62_378_344,
+    "zfnet_no34": 59_850_088,
+    "zfnet_no7": 45_576_296,
+    "zfnet_no67": 12_943_464,
+    "zfnet_no3467": 10_435_944,
+    "zfnet_fc2048": 28_848_232,
+    "zfnet_fc8192": 154_542_184,
+    "zfnet_wide": 107_627_624,
+    "zfnet_wide_fc8192": 237_560_936,
+}
+
+
+@pytest.mark.parametrize("name", COUNTED)
+def test_networks_have_the_parameters_that_were_counted_of_the_papers(name) -> None:
+    assert parameters(name) == COUNTED[name]
+
+
+def alexnet_by_hand(conv=True, wide=False, fc6=4096, fc7=4096) -> int:
+    """Weights and biases of A's Fig. 2, layer by layer: kernel^2 x maps in of a group x maps out + biases."""
+    conv3, conv4, conv5 = (512, 1024, 512) if wide else (384, 384, 256)
+    count = 11 * 11 * 3 * 96 + 96 + 5 * 5 * 48 * 256 + 256
+    if conv:
+        count += 3 * 3 * 256 * conv3 + conv3 + 3 * 3 * (conv3 // 2) * conv4 + conv4
+        count += 3 * 3 * (conv4 // 2) * conv5 + conv5
+    else:
+        count += 3 * 3 * (256 // 2) * conv5 + conv5  # layer 5 on the maps of layer 2
+    units = 6 * 6 * conv5
+    for hidden in (fc6, fc7):
+        if hidden:
+            count, units = count + units * hidden + hidden, hidden
+    return count + units * 1000 + 1000
+
+
+@pytest.mark.parametrize(
+    ("suffix", "changed"),
+    [
+        ("", {}),
+        ("_no34", {"conv": False}),
+        ("_no7", {"fc7": 0}),
+        ("_no67", {"fc6": 0, "fc7": 0}),
+        ("_no3467", {"conv": False, "fc6": 0, "fc7": 0}),
+        ("_fc2048", {"fc6": 2048, "fc7": 2048}),
+        ("_fc8192", {"fc6": 8192, "fc7": 8192}),
+        ("_wide", {"wide": True}),
+        ("_wide_fc8192", {"wide": True, "fc6": 8192, "fc7": 8192}),
+    ],
+)
+def test_variants_of_alexnet_have_the_parameters_of_their_row(suffix, changed) -> None:
+    assert parameters(f"alexnet{suffix}") == alexnet_by_hand(**changed)
+
+
+def test_variants_of_the_small_networks_differ_as_those_of_the_large_ones() -> None:
+    # zfnet_small: 32, 64, 96, 96, 64 maps, 3 x 3 cells at the end, 512 units; kernels 7, 5, 3, 3, 3.
+    below = 7 * 7 * 3 * 32 + 32 + 5 * 5 * 32 * 64 + 64
+    above = 9 * 64 * 512 + 512 + 512 * 512 + 512 + 512 * 1000 + 1000
+    middle = 9 * 64 * 96 + 96 + 9 * 96 * 96 + 96 + 9 * 96 * 64 + 64
+    assert parameters("zfnet_small") == below + middle + above
+    assert parameters("zfnet_small_no34") == below + 9 * 64 * 64 + 64 + above
+    assert parameters("zfnet_small_no67") == below + middle + 9 * 64 * 1000 + 1000
+    assert parameters("zfnet_small_no7") == parameters("zfnet_small") - (512 * 512 + 512)
+    wide = 9 * 64 * 128 + 128 + 9 * 128 * 256 + 256 + 9 * 256 * 128 + 128
+    above_wide = 9 * 128 * 512 + 512 + 512 * 512 + 512 + 512 * 1000 + 1000
+    assert parameters("zfnet_small_wide") == below + wide + above_wide
+    grouped = 5 * 5 * 16 * 64 + 9 * 48 * 96 + 9 * 48 * 64
+    dense = 5 * 5 * 32 * 64 + 9 * 96 * 96 + 9 * 96 * 64
+    assert parameters("alexnet_small") == parameters("zfnet_small") - dense + grouped
+    for name in ("zfnet_small", "alexnet_small"):
+        with torch.device("meta"):
+            assert models.build(f"{name}_fc2048").fc7.weight.shape == (2048, 2048)
+
+
+ALEXNET_CHILDREN = [
+    *("pad1", "conv1", "relu1", "norm1", "pool1"),
+    *("conv2", "relu2", "norm2", "pool2"),
+    *("conv3", "relu3", "conv4", "relu4"),
+    *("conv5", "relu5", "pool5"),
+    *("flatten", "fc6", "relu6", "dropout6", "fc7", "relu7", "dropout7", "fc8"),
+]
+
+
+def test_alexnet_is_as_printed() -> None:
+    with torch.device("meta"):
+        alexnet = models.build("alexnet").eval()
+        shapes, x = {}, torch.zeros(1, 3, 224, 224)
+        for name, child in alexnet.named_children():
+            x = child(x)
+            shapes[name] = tuple(x.shape[1:])
+    assert [name for name, _ in alexnet.named_children()] == ALEXNET_CHILDREN
+    assert shapes["conv1"] == (96, 55, 55)  # A, Fig. 2
+    assert shapes["conv2"] == (256, 27, 27)
+    assert shapes["conv3"] == shapes["conv4"] == (384, 13, 13)
+    assert (shapes["conv5"], shapes["pool5"]) == ((256, 13, 13), (256, 6, 6))
+    # A, Sec. 3.5: the sizes of the kernels.
+    kernels = [tuple(alexnet.get_submodule(f"conv{i}").weight.shape) for i in range(1, 6)]
+    assert kernels == [(96, 3, 11, 11), (256, 48, 5, 5), (384, 256, 3, 3), (384, 192, 3, 3), (256, 192, 3, 3)]
+    assert [alexnet.get_submodule(f"conv{i}").groups for i in range(1, 6)] == [1, 2, 1, 2, 2]
+    assert alexnet.dropout6.p == alexnet.dropout7.p == 0.5
+
+
+def test_alexnets_last_window_hangs_over_the_right_and_bottom_edge() -> None:
+    padded = models.build("alexnet_no67", classes=1).pad1(torch.ones(1, 3, 224, 224))
+    assert padded.shape[-2:] == (227, 227)
+    assert padded[..., :224, :224].all()
+    assert padded.sum() == 3 * 224 * 224
+
+
+@pytest.mark.parametrize("suffix", ["", *(f"_{s}" for s in SUFFIXES)])
+def test_variants_keep_names_and_order_of_the_layers_that_stay(suffix) -> None:
+    with torch.device("meta"):
+        children = [name for name, _ in models.build(f"alexnet_small{suffix}").named_children()]
+    gone = {number for number in "3467" if suffix.startswith("_no") and number in suffix}
+    assert children == [name for name in ALEXNET_CHILDREN if name[-1] not in gone]
 
 
 def test_state_dict_keys_are_the_names_of_the_layers() -> None:
@@ -121,28 +251,6 @@ def test_a_slice_is_a_plain_sequential_that_shares_the_layers() -> None:
     part = small[:3]
     assert type(part) is nn.Sequential
     assert part.conv1 is small.conv1 is small[1]
-
-
-def test_builder_takes_alexnets_order_groups_and_floor_pools() -> None:
-    alexnet = Architecture(
-        name="alexnet",
-        input_px=224,
-        resize_px=256,
-        convolutions=(
-            Convolution(name="conv1", maps=96, kernel=11, stride=4, pad_after=3, pool=Pool(), normalise="before pool"),
-            Convolution(name="conv2", maps=256, kernel=5, pad=2, groups=2, pool=Pool(ceil=False)),
-        ),
-        linears=(),
-        classifier="fc3",
-    )
-    network = Network(alexnet, classes=10)
-    assert [name for name, _ in network.named_children()][:7] == [
-        *("pad1", "conv1", "relu1", "norm1", "pool1"),
-        *("conv2", "relu2"),
-    ]
-    assert network.conv2.weight.shape == (256, 48, 5, 5)  # AlexNet Sec. 3.5: kernels of 5x5x48
-    shapes = shapes_of(network.eval(), 224)
-    assert [shapes[name][1] for name in ("conv1", "pool1", "conv2", "pool2")] == [55, 27, 27, 13]
 
 
 @pytest.mark.parametrize("ceil", [True, False])

@@ -77,6 +77,26 @@ def test_half_precision_keeps_its_type_and_is_rounded_once() -> None:
     torch.testing.assert_close(ours, LocalResponseNorm()(a.double()).bfloat16(), rtol=2**-8, atol=0)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_has_a_gradient_summed_in_float32(dtype) -> None:
+    a = responses(2, 8, 3, 3).to(dtype)
+    exact = a.double().requires_grad_()
+    half = a.clone().requires_grad_()
+    for x in (exact, half):
+        LocalResponseNorm()(x).sum().backward()
+    assert half.grad is not None
+    assert half.grad.dtype == dtype
+    torch.testing.assert_close(half.grad.double(), exact.grad, rtol=2**-7, atol=1e-3)
+
+
+def test_the_conventions_differ_by_the_size_of_the_window() -> None:
+    a = responses(1, 9, 2, 2)
+    configured = LocalResponseNorm(5, alpha=5e-4, convention="configuration")
+    printed = LocalResponseNorm(5, alpha=1e-4, convention="printed")
+    assert torch.equal(configured(a), printed(a))
+    assert LocalResponseNorm().convention == "configuration"
+
+
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 def test_layout_in_memory_changes_nothing(memory_format) -> None:
     a = responses(2, 8, 5, 6, dtype=torch.float32)

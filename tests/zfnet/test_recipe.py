@@ -4,12 +4,27 @@ import dataclasses
 import itertools
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from zfnet import models
-from zfnet.recipe import Recipe, cosine, initialise, learning_rate, plateaus, recipe_for, renormalise_filters
+from zfnet.recipe import (
+    ALEXNET_ONES,
+    PRESETS,
+    Recipe,
+    colour_axes,
+    colour_scale,
+    cosine,
+    initialise,
+    learning_rate,
+    plateaus,
+    preset_of,
+    recipe_for,
+    renormalise_filters,
+    set_dropout,
+)
 
 
 def weights(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -134,6 +149,59 @@ def test_every_recipe_gives_finite_rates(name) -> None:
     assert all(math.isfinite(learning_rate(recipe, step, 5, [])) for step in range(5 * recipe.epochs + 1))
 
 
+def test_alexnets_recipe_has_its_numbers() -> None:
+    alexnet = PRESETS["alexnet"]
+    assert (alexnet.epochs, alexnet.batch, alexnet.lr, alexnet.momentum, alexnet.weight_decay) == (
+        90,
+        128,
+        0.01,
+        0.9,
+        5e-4,
+    )
+    assert (alexnet.colour, alexnet.renormalise, alexnet.divisions) == ("paper", None, 3)
+    names = ("alexnet", "alexnet_no34", "zfnet", "zfnet_wide", "zfnet_small", "alexnet_small_no7", "torchvision:vgg11")
+    assert [preset_of(name) for name in names] == ["alexnet", "alexnet", "zfnet", "zfnet", "small", "small", "zfnet"]
+
+
+def test_alexnets_ones_are_biases_of_the_layers_that_there_are() -> None:
+    model = models.build("zfnet_small")
+    plain = models.build("zfnet_small")
+    del model.conv4
+    initialise(model, "paper", ones=ALEXNET_ONES)
+    initialise(plain, "paper")
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            assert (module.bias == (1.0 if name in ("conv2", "conv5", "fc6", "fc7") else 0.0)).all()
+    assert torch.equal(model.conv3.weight, plain.conv3.weight)  # the draw does not depend on it
+
+
+def test_dropout_is_set_in_every_hidden_layer() -> None:
+    model = models.build("zfnet_small").train()
+    set_dropout(model, 0.0)
+    x = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(model(x), model(x))
+
+
+def test_colour_axes_are_the_papers_formula() -> None:
+    """Against the covariance written out, and numpy's own eigenvectors."""
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(0, 256, size=(500, 3)) @ np.array([[0.5, 0.3, 0.2], [0.2, 0.4, 0.2], [0.1, 0.1, 0.5]])
+    covariance = np.cov(pixels.T, bias=True)
+    vectors = np.linalg.eig(covariance)[1]
+    alphas = rng.standard_normal((4000, 3))
+    shifts = alphas @ colour_axes(torch.from_numpy(covariance), "paper").numpy()
+    # AlexNet's sum over components with pixels from 0 to 1, brought back to 0 to 255: covariance of the shifts.
+    unit = np.linalg.eig(covariance / 255**2)[0]
+    expected = vectors @ np.diag((0.1 * unit * 255) ** 2) @ vectors.T
+    np.testing.assert_allclose(np.cov(shifts.T, bias=True), expected, rtol=0.1, atol=0.05 * expected.max())
+    axes = colour_axes(torch.from_numpy(covariance), "cuda-convnet").numpy()
+    np.testing.assert_allclose(axes.T @ axes, 0.01 * covariance, rtol=1e-10)  # standard deviations: the colours' own
+    assert not colour_axes(torch.from_numpy(covariance), "none").any()
+    assert (colour_scale("paper"), colour_scale("cuda-convnet")) == (1.0, pytest.approx(1 / 1.1))
+    for row in axes:
+        assert row[np.abs(row).argmax()] > 0
+
+
 def test_refuses_what_it_cannot_mean() -> None:
     for field, value, message in [
         ("lr", 0, "expected more than 0"),
@@ -141,6 +209,10 @@ def test_refuses_what_it_cannot_mean() -> None:
         ("init", "xavier", "expected one of paper, he"),
         ("schedule", "step", "expected one of plateau, cosine"),
         ("renormalise", 0.0, "None for no limit"),
+        ("dropout", 1.0, "less than 1"),
+        ("colour", "pca", "expected one of none, paper, cuda-convnet"),
+        ("precision", "fp8", "expected one of float32, bf16, float64"),
+        ("accumulate", 0, "expected more than 0"),
     ]:
         with pytest.raises(ValueError, match=message):
             Recipe(**{field: value})

@@ -13,6 +13,7 @@ from typing import cast
 from torch import nn
 
 from zfnet.images import Preprocessing
+from zfnet.models.alexnet import ALEXNET, ALEXNET_SMALL, ALEXNET_UNGROUPED
 from zfnet.models.foreign import (
     PAPERS_CROP_PX,
     PAPERS_RESIZE_PX,
@@ -24,6 +25,7 @@ from zfnet.models.foreign import (
     torchvision_weights,
 )
 from zfnet.models.layers import Architecture, Network
+from zfnet.models.variants import variants
 from zfnet.models.weights import classes_of, load_tensors
 from zfnet.models.zfnet import ZFNET, ZFNET_SMALL
 
@@ -44,7 +46,10 @@ __all__ = [
 CLASSES = 1000
 """ImageNet's."""
 
-_ARCHITECTURES = {architecture.name: architecture for architecture in (ZFNET, ZFNET_SMALL)}
+_VARIED = (ZFNET, ZFNET_SMALL, ALEXNET, ALEXNET_SMALL)
+_ARCHITECTURES: dict[str, Architecture] = {
+    table.name: table for table in (*_VARIED, ALEXNET_UNGROUPED, *(row for base in _VARIED for row in variants(base)))
+}
 
 
 class Classifier(nn.Module):
@@ -108,7 +113,7 @@ def _architecture(name: str) -> Architecture:
     if name not in _ARCHITECTURES:
         near = difflib.get_close_matches(name, names(), n=1, cutoff=0)[0]
         raise ValueError(
-            f"no network is called {name!r}; expected one of {', '.join(names())}, torchvision:NAME or "
-            f"package.module:function. Did you mean {near!r}?"
+            f"no network is called {name!r}. Did you mean {near!r}? Expected one of {', '.join(names())}, "
+            "torchvision:NAME or package.module:function"
         )
     return _ARCHITECTURES[name]
