@@ -11,14 +11,13 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import torch
 
 from pipeline import tables
 from pipeline.analysis import Analysis
 from pipeline.cluster import Resources
-from pipeline.context import Batch, Options, open_context, read_pictures
+from pipeline.context import Options, open_context
 from pipeline.errors import FORESEEN, SweepFailed
 from pipeline.runs import require_visible
 from pipeline.shards import Skipped
@@ -107,15 +106,11 @@ class PartActor:
         images, batch, skipped = self._prepare(rows)
         return images, None if batch is None else self._map(batch), skipped
 
-    def _prepare(self, rows: pa.Table) -> tuple[int, Batch | None, list[Skipped]]:
-        pictures, skipped = read_pictures(self.work.context, rows)
-        if not pictures:
-            return 0, None, skipped
-        context = self.work.context
-        pixels = torch.from_numpy(np.stack([picture.pixels for picture in pictures])).to(context.device)
-        return len(pictures), Batch(pictures, context.model.preprocessing.normalise(pixels)), skipped
+    def _prepare(self, rows: pa.Table) -> tuple[int, Any, list[Skipped]]:
+        batch, skipped = self.analysis.prepare(self.work.context, self.state, rows)
+        return 0 if batch is None else len(batch.pictures), batch, skipped
 
-    def _map(self, batch: Batch) -> Any:
+    def _map(self, batch: Any) -> Any:
         try:
             with torch.inference_mode():
                 return self.analysis.map_batch(self.work.context, self.state, batch)

@@ -8,8 +8,9 @@ from typing import Any, TypeVar
 
 import pyarrow as pa
 
-from pipeline.context import Batch, Context
+from pipeline.context import Context, centre_crops
 from pipeline.runs import RunError
+from pipeline.shards import Skipped
 from pipeline.storage import Location
 
 FAN_IN = 64
@@ -76,7 +77,10 @@ class Analysis:
     """Slices to make -> the rows of Index.split that they need, in index order."""
     setup: Callable[[Context, list[str]], Any] = _no_setup
     """Slices to make -> whatever `map_batch` needs, once for each actor."""
-    map_batch: Callable[[Context, Any, Batch], Any]
+    prepare: Callable[[Context, Any, pa.Table], tuple[Any, list[Skipped]]] = centre_crops
+    """Samples -> the batch, None where it is empty, and what was skipped; in threads, ahead of the network. A batch has
+    `pictures`, each with its `sample`."""
+    map_batch: Callable[[Context, Any, Any], Any]
     """Batch -> anything; runs without gradients, for several batches at once in threads."""
     reduce_part: Callable[[Context, list[Any]], pa.Table]
     """The results of all batches of a part, in order -> its rows."""

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
+import numpy as np
 import pyarrow as pa
+import torch
 from torch import Tensor
 
 from pipeline.cluster import Workers
@@ -17,6 +20,8 @@ from pipeline.storage import Location
 from zfnet import images
 from zfnet.graph import Graph
 from zfnet.tracing import trace
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,19 +144,35 @@ def open_context(options: Options, config: Any, analysis: str, device: str) -> C
     )
 
 
-def read_pictures(context: Context, rows: pa.Table) -> tuple[list[Picture], list[Skipped]]:
-    """Decode the samples of these rows; each is a picture or skipped."""
-    pictures: list[Picture] = []
+def read(context: Context, rows: pa.Table, look: Callable[[Sample, int], T]) -> tuple[list[T], list[Skipped]]:
+    """Each sample of these rows as `look` sees it (given its number too), or skipped.
+
+    Args:
+        look: may raise BadImage, which makes the sample a skipped one.
+    """
+    seen: list[T] = []
     skipped: list[Skipped] = []
-    size = context.model.preprocessing.resize_px, context.model.preprocessing.crop_px
     for number, sample in zip(rows["number"].to_pylist(), context.index.read(rows), strict=True):
         if isinstance(sample, Skipped):
             skipped.append(sample)
             continue
         try:
-            pixels, crop = images.input_pixels(sample.image, *size, scaled=context.decode == "scaled")
+            seen.append(look(sample, number))
         except images.BadImage as error:
             skipped.append(Skipped(sample.shard, sample.key, error.reason, error.detail))
-            continue
-        pictures.append(Picture(sample, number, pixels, crop))
-    return pictures, skipped
+    return seen, skipped
+
+
+def centre_crops(context: Context, state: Any, rows: pa.Table) -> tuple[Batch | None, list[Skipped]]:
+    """What the run's network sees of these rows; no batch where none of them could be read."""
+    preprocessing = context.model.preprocessing
+    size = preprocessing.resize_px, preprocessing.crop_px
+
+    def look(sample: Sample, number: int) -> Picture:
+        return Picture(sample, number, *images.input_pixels(sample.image, *size, scaled=context.decode == "scaled"))
+
+    pictures, skipped = read(context, rows, look)
+    if not pictures:
+        return None, skipped
+    pixels = torch.from_numpy(np.stack([picture.pixels for picture in pictures])).to(context.device)
+    return Batch(pictures, preprocessing.normalise(pixels)), skipped

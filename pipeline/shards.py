@@ -169,6 +169,20 @@ class Index:
                 yield _parse(row, data[begin : begin + row["bytes"]])
 
 
+def with_label(rows: pa.Table, classes: int) -> tuple[pa.Table, list[Skipped]]:
+    """The rows of Index.split that training and evaluation can use, and the others with the reason."""
+    usable, skipped = [], []
+    for number, row in enumerate(rows.select(["shard", "key", "label"]).to_pylist()):
+        if row["label"] is None:
+            skipped.append(Skipped(row["shard"], row["key"], "no_label", "it has no member .cls with a class number"))
+        elif row["label"] >= classes:
+            detail = f"label {row['label']}, and there are {classes} classes"
+            skipped.append(Skipped(row["shard"], row["key"], "label_out_of_range", detail))
+        else:
+            usable.append(number)
+    return rows.take(pa.array(usable, type=pa.int64())), skipped
+
+
 def _first_repeated(keys: pa.ChunkedArray) -> str:
     counts = pc.value_counts(keys)
     repeated = next(entry for entry in counts.to_pylist() if entry["counts"] > 1)

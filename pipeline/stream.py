@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from pipeline.shards import Index, Sample, Skipped
+from pipeline.shards import Index, Sample, Skipped, with_label
 from zfnet import images
 from zfnet.images import Preprocessing
 
@@ -155,18 +155,8 @@ class Images(Dataset[Any]):
 
 
 def labelled(index: Index, split: str, classes: int) -> tuple[pa.Table, list[Skipped]]:
-    """The samples of a split that training and evaluation can use, and the others with the reason."""
-    rows = index.split(split)
-    usable, skipped = [], []
-    for number, row in enumerate(rows.select(["shard", "key", "label"]).to_pylist()):
-        if row["label"] is None:
-            skipped.append(Skipped(row["shard"], row["key"], "no_label", "it has no member .cls with a class number"))
-        elif row["label"] >= classes:
-            detail = f"label {row['label']}, and there are {classes} classes"
-            skipped.append(Skipped(row["shard"], row["key"], "label_out_of_range", detail))
-        else:
-            usable.append(number)
-    return rows.take(pa.array(usable, type=pa.int64())), skipped
+    """The samples of a split that training can use, and the others with the reason."""
+    return with_label(index.split(split), classes)
 
 
 def loader(images_: Images, batches: Any, decoders: int) -> DataLoader[Any]:

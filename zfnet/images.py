@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import io
 import warnings
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -156,12 +157,26 @@ def input_pixels(data: bytes, resize_px: int, crop_px: int, scaled: bool = False
             one, out of the low frequencies of its DCT blocks. Faster, and not the same pixels: the inverse transform's
             filter takes the place of a part of the bilinear one.
     """
+    resized, original = _decode_resized(data, resize_px, scaled)
+    return _crop(resized, original, crop_px)
+
+
+def decode_resized(data: bytes, sides: Collection[int], scaled: bool = False) -> dict[int, Image.Image]:
+    """`decode`, then `resize` to each of these sides; decoded once, but for each where `scaled` (see input_pixels)."""
+    if scaled:
+        return {side: _decode_resized(data, side, scaled)[0] for side in sides}
+    image = decode(data)
+    return {side: resize(image, side) for side in sides}
+
+
+def _decode_resized(data: bytes, resize_px: int, scaled: bool) -> tuple[Image.Image, tuple[int, int]]:
+    """The resized image, and width and height of the original."""
     image = _open(data)
     original = image.size
     size = _resized(*original, resize_px)
     # The scaled image may end in a piece of a pixel: the box is where the whole one lies in it.
     drafted = image.draft(None, size) if scaled else None
-    return _crop(_resize(_load(image), size, drafted[1] if drafted else None), original, crop_px)
+    return _resize(_load(image), size, drafted[1] if drafted else None), original
 
 
 def _open(data: bytes) -> Image.Image:
