@@ -173,3 +173,13 @@ def test_scaled_decoding_leaves_other_formats_alone():
     picture.save(buffer, "PNG")
     one, other = (images.input_pixels(buffer.getvalue(), 48, 40, scaled=scaled)[0] for scaled in (False, True))
     assert np.array_equal(one, other)
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+def test_an_image_resized_to_several_sides_is_what_it_is_for_each_alone(scaled):
+    data = encoded(picture(300, 401), "JPEG")
+    resized = images.decode_resized(data, {40, 72, 300}, scaled)
+    assert sorted(resized) == [40, 72, 300]
+    for side, image in resized.items():
+        alone, _ = images.input_pixels(data, side, side, scaled)
+        assert np.array_equal(images.centre_crop(image, side, side)[0], alone)
