@@ -3,8 +3,9 @@
 python -m benchmarks.sweep [--quick] [--threads 2]
 
 The sweep is clocked in the actor, from the first read to the last commit; its start-up is told apart. On a CPU decoding
-and forward share the cores: the limit is 1 / (1 / decode + 1 / forward), both measured alone in the same run, with the
-same threads, in turn with the sweep. `ratio` is the smaller share of it, of ZFNet at 224 px and zfnet_small at 64 px.
+and forward share the cores: the limit is 1 / (1 / decode + 1 / forward), both measured alone in the same run, of the
+same images, with the same threads and the same layout of the weights. The three take turns many times, a part's
+length each. `ratio` is the smaller median share of that limit, of ZFNet at 224 px and zfnet_small at 64 px.
 zennit-crp's FeatureVisualization does the same layers of the same images if it can be imported (pip install
 zennit-crp); it runs the whole network and a backward pass as well.
 """
