@@ -3,8 +3,8 @@
 python -m benchmarks.sweep [--quick] [--threads 2]
 
 The sweep is clocked in the actor, from the first read to the last commit; its start-up is told apart. On a CPU decoding
-and forward share the cores: the limit is 1 / (1 / decode + 1 / forward), both measured alone in the same run, of the
-kind of images, with the same threads and layout of the weights, before and after each sweep. `ratio` is the median of
+and forward share the cores: the limit is 1 / (1 / decode + 1 / forward), both measured alone in the same run, on
+some of the images, with the same threads and layout of the weights, before and after each sweep. `ratio` is the median of
 the rounds' shares of their limits, the smaller of ZFNet at 224 px and zfnet_small at 64 px.
 zennit-crp's FeatureVisualization does the same layers of the same images if it can be imported (pip install
 zennit-crp); it runs the whole network and a backward pass as well.
@@ -89,6 +89,13 @@ def clock(action: Callable[[], Any]) -> float:
     return time.perf_counter() - started
 
 
+def spent(action: Callable[[], Any], images_: int) -> np.ndarray:
+    """Seconds, and seconds of this process's processors, that it takes for each of these images."""
+    busy = time.process_time()
+    seconds = clock(action)
+    return np.array([seconds, time.process_time() - busy]) / images_
+
+
 def in_threads(threads: int, action: Callable[[Any], Any], items: list[Any]) -> Callable[[], Any]:
     """The action on all items, in as many threads, each of one torch thread: as the sweep's actor works."""
 
@@ -115,6 +122,8 @@ class Rates:
     forward: float
     limit: float
     share: float
+    busy_share: float
+    """The same share in processor time, which other work on the machine hardly touches, and waiting does not show in."""
     error: float
 
 
@@ -148,12 +157,15 @@ def measure(run: str, data: str, options: argparse.Namespace) -> Rates:
     actor.work.location.delete()
     rounds: list[tuple[float, ...]] = []
     while time.perf_counter() - started < options.seconds or len(rounds) < 3:
-        decoded, forwarded = held / clock(decode), held / clock(forward)
-        swept = rows.num_rows / clock(lambda: _sweep(actor))
-        decoded, forwarded = (decoded + held / clock(decode)) / 2, (forwarded + held / clock(forward)) / 2
+        # [before and after the sweep, seconds and processor seconds of an image]
+        decoded, forwarded = [spent(decode, held)], [spent(forward, held)]
+        swept = spent(lambda: _sweep(actor), rows.num_rows)
+        decoded.append(spent(decode, held))
+        forwarded.append(spent(forward, held))
         actor.work.location.delete()
-        limit = 1 / (1 / decoded + 1 / forwarded)
-        rounds.append((swept, decoded, forwarded, limit, swept / limit))
+        alone = np.mean(decoded, axis=0), np.mean(forwarded, axis=0)
+        shares = sum(alone) / swept
+        rounds.append((1 / swept[0], *(1 / some[0] for some in alone), 1 / sum(alone)[0], *shares))
     actor.close()
     return Rates(start_up, len(rounds), *(median(column) for column in zip(*rounds, strict=True)), error)
 
@@ -258,7 +270,8 @@ def main() -> None:
             found[architecture] = rates = measure(run, data, options)
             print(
                 f"{architecture}: decode {rates.decode:.1f}, forward {rates.forward:.1f}, limit {rates.limit:.1f}, "
-                f"sweep {rates.sweep:.1f} images/s: {rates.share:.3f} of the limit ({rates.rounds} rounds); "
+                f"sweep {rates.sweep:.1f} images/s: {rates.share:.3f} of the limit, {rates.busy_share:.3f} in processor time "
+                f"({rates.rounds} rounds); "
                 f"start-up {rates.start_up:.1f} s; error {rates.error:.1e}",
                 flush=True,
             )
