@@ -4,8 +4,8 @@ python -m benchmarks.sweep [--quick] [--threads 2]
 
 The sweep is clocked in the actor, from the first read to the last commit; its start-up is told apart. On a CPU decoding
 and forward share the cores: the limit is 1 / (1 / decode + 1 / forward), both measured alone in the same run, on
-some of the images, with the same threads and layout of the weights, before and after each sweep. `ratio` is the median of
-the rounds' shares of their limits, the smaller of ZFNet at 224 px and zfnet_small at 64 px.
+some of the images, with the same threads and layout of the weights, before and after each sweep. `ratio` is the median
+of the rounds' shares of their limits, the smaller of ZFNet at 224 px and zfnet_small at 64 px.
 zennit-crp's FeatureVisualization does the same layers of the same images if it can be imported (pip install
 zennit-crp); it runs the whole network and a backward pass as well.
 """
@@ -123,7 +123,7 @@ class Rates:
     limit: float
     share: float
     busy_share: float
-    """The same share in processor time, which other work on the machine hardly touches, and waiting does not show in."""
+    """The same in processor time, where neither waiting nor, much, other work on the machine shows."""
     error: float
 
 
@@ -270,8 +270,8 @@ def main() -> None:
             found[architecture] = rates = measure(run, data, options)
             print(
                 f"{architecture}: decode {rates.decode:.1f}, forward {rates.forward:.1f}, limit {rates.limit:.1f}, "
-                f"sweep {rates.sweep:.1f} images/s: {rates.share:.3f} of the limit, {rates.busy_share:.3f} in processor time "
-                f"({rates.rounds} rounds); "
+                f"sweep {rates.sweep:.1f} images/s: {rates.share:.3f} of the limit, "
+                f"{rates.busy_share:.3f} in processor time ({rates.rounds} rounds); "
                 f"start-up {rates.start_up:.1f} s; error {rates.error:.1e}",
                 flush=True,
             )
