@@ -3,8 +3,9 @@
 python -m benchmarks.sweep [--quick] [--threads 2]
 
 The sweep is clocked in the actor, from the first read to the last commit; its start-up is told apart. On a CPU decoding
-and forward share the cores: the limit is 1 / (1 / decode + 1 / forward), both measured alone in the same run, with the
-same threads, in turn with the sweep. `ratio` is the smaller share of it, of ZFNet at 224 px and zfnet_small at 64 px.
+and forward share the cores: the limit is 1 / (1 / decode + 1 / forward), both measured alone in the same run, on
+some of the images, with the same threads and layout of the weights, before and after each sweep. `ratio` is the median
+of the rounds' shares of their limits, the smaller of ZFNet at 224 px and zfnet_small at 64 px.
 zennit-crp's FeatureVisualization does the same layers of the same images if it can be imported (pip install
 zennit-crp); it runs the whole network and a backward pass as well.
 """
@@ -29,8 +30,8 @@ import torch
 from pipeline import tables
 from pipeline.actor import PartActor
 from pipeline.analyses import top9
-from pipeline.cluster import Resources
-from pipeline.context import Options, open_context
+from pipeline.cluster import PARTS_AT_ONCE, Resources
+from pipeline.context import Options
 from pipeline.runs import Run
 from pipeline.shards import Sample, scan, write_index
 from pipeline.storage import Location
@@ -88,6 +89,13 @@ def clock(action: Callable[[], Any]) -> float:
     return time.perf_counter() - started
 
 
+def spent(action: Callable[[], Any], images_: int) -> np.ndarray:
+    """Seconds, and seconds of this process's processors, that it takes for each of these images."""
+    busy = time.process_time()
+    seconds = clock(action)
+    return np.array([seconds, time.process_time() - busy]) / images_
+
+
 def in_threads(threads: int, action: Callable[[Any], Any], items: list[Any]) -> Callable[[], Any]:
     """The action on all items, in as many threads, each of one torch thread: as the sweep's actor works."""
 
@@ -105,36 +113,35 @@ def _inferring(action: Callable[[Any], Any], item: Any) -> Any:
 
 @dataclass
 class Rates:
-    """Medians over the repeats, in images per second; seconds of start-up."""
+    """Medians over the rounds: images per second, the share of each round's limit; seconds of start-up."""
 
     start_up: float
+    rounds: int
     sweep: float
     decode: float
     forward: float
+    limit: float
+    share: float
+    busy_share: float
+    """The same in processor time, where neither waiting nor, much, other work on the machine shows."""
     error: float
 
-    @property
-    def limit(self) -> float:
-        """Images per second of threads that do nothing but decode and run the network."""
-        return 1 / (1 / self.decode + 1 / self.forward)
 
-    @property
-    def share(self) -> float:
-        """The sweep's, of the limit."""
-        return self.sweep / self.limit
+def start(run: str, data: str, options: argparse.Namespace) -> PartActor:
+    """The actor that does the sweep of LAYERS."""
+    config = top9.Config(layers=LAYERS, batch_size=options.batch_size)
+    resources = Resources(1, options.threads, 0.0)
+    asked = Options(run=run, data=data)
+    return PartActor(top9.__name__, asked, config, list(LAYERS), resources, session="bench", token=None)
 
 
 def measure(run: str, data: str, options: argparse.Namespace) -> Rates:
-    """The sweep, decoding alone and the forward pass alone, in turn."""
-    config = top9.Config(layers=LAYERS, batch_size=options.batch_size)
-    asked = Options(run=run, data=data)
-    context = open_context(asked, config, "top9", "cpu")
-    rows = context.index.split("val")
+    """The sweep, decoding alone and the forward pass alone, in turn until the time is over."""
     started = time.perf_counter()
-    actor = PartActor(
-        top9.__name__, asked, config, list(LAYERS), Resources(1, options.threads, 0.0), session="bench", token=None
-    )
+    actor = start(run, data, options)
     start_up = time.perf_counter() - started
+    context = actor.work.context
+    rows = context.index.split("val")
     held = min(HELD, rows.num_rows) // (2 * options.threads) * (2 * options.threads)
     chosen = rows.take(torch.linspace(0, rows.num_rows - 1, held).long().numpy())
     data_bytes = [sample.image for sample in context.index.read(chosen) if isinstance(sample, Sample)]
@@ -143,24 +150,24 @@ def measure(run: str, data: str, options: argparse.Namespace) -> Rates:
     groups = [data_bytes[i : i + per] for i in range(0, held, per)]
     inputs = [context.model.preprocessing.normalise(_decode(group, size)) for group in groups]
     nodes = [context.graph.activation_of(layer) for layer in LAYERS]
-    actions: dict[str, Callable[[], Any]] = {
-        "sweep": lambda: _sweep(actor),
-        "decode": in_threads(options.threads, lambda group: _decode(group, size), groups),
-        "forward": in_threads(options.threads, lambda x: len(context.graph.run(x, nodes)), inputs),
-    }
-    counts = {"sweep": rows.num_rows, "decode": held, "forward": held}
-    rates: dict[str, list[float]] = {name: [] for name in actions}
-    for repeat in range(options.repeats + 1):
-        for name, action in actions.items():
-            if repeat == 0 and name == "sweep":
-                continue  # decoding and forward have warmed up all that it uses
-            rate = counts[name] / clock(action)
-            if repeat:
-                rates[name].append(rate)
-            if repeat and name == "sweep":
-                error = _error(actor, context, chosen["number"].to_numpy(), inputs)
-                actor.work.location.delete()
-    return Rates(start_up, *(median(rates[name]) for name in ("sweep", "decode", "forward")), error)
+    decode = in_threads(options.threads, lambda group: _decode(group, size), groups)
+    forward = in_threads(options.threads, lambda x: len(context.graph.run(x, nodes)), inputs)
+    _sweep(actor)
+    error = _error(actor, context, chosen["number"].to_numpy(), inputs)
+    actor.work.location.delete()
+    rounds: list[tuple[float, ...]] = []
+    while time.perf_counter() - started < options.seconds or len(rounds) < 3:
+        # [before and after the sweep, seconds and processor seconds of an image]
+        decoded, forwarded = [spent(decode, held)], [spent(forward, held)]
+        swept = spent(lambda: _sweep(actor), rows.num_rows)
+        decoded.append(spent(decode, held))
+        forwarded.append(spent(forward, held))
+        actor.work.location.delete()
+        alone = np.mean(decoded, axis=0), np.mean(forwarded, axis=0)
+        shares = sum(alone) / swept
+        rounds.append((1 / swept[0], *(1 / some[0] for some in alone), 1 / sum(alone)[0], *shares))
+    actor.close()
+    return Rates(start_up, len(rounds), *(median(column) for column in zip(*rounds, strict=True)), error)
 
 
 def _decode(group: list[bytes], size: tuple[int, int]) -> torch.Tensor:
@@ -168,9 +175,10 @@ def _decode(group: list[bytes], size: tuple[int, int]) -> torch.Tensor:
 
 
 def _sweep(actor: PartActor) -> None:
-    for number in range(len(actor.work.parts)):
-        done = actor({"part": [number]})
-        assert not done["error"][0], done["error"][0]
+    """All parts, so many at once as a job without Ray asks for."""
+    with ThreadPoolExecutor(PARTS_AT_ONCE) as calls:
+        for done in calls.map(actor, [{"part": [number]} for number in range(len(actor.work.parts))]):
+            assert not done["error"][0], done["error"][0]
 
 
 def _error(actor: PartActor, context: Any, numbers: np.ndarray, inputs: list[torch.Tensor]) -> float:
@@ -197,8 +205,11 @@ def _error(actor: PartActor, context: Any, numbers: np.ndarray, inputs: list[tor
     return worst
 
 
-def crp(run: str, data: str, options: argparse.Namespace, images_: int) -> dict[int, float] | None:
-    """Images per second of zennit-crp for each batch size; None where it is not installed."""
+def crp(run: str, data: str, options: argparse.Namespace) -> tuple[dict[int, float], float] | None:
+    """Images per second of zennit-crp for each batch size, and of the sweep of the same images in turn with it.
+
+    None where it is not installed.
+    """
     try:
         from crp.attribution import CondAttribution
         from crp.concepts import ChannelConcept
@@ -206,9 +217,10 @@ def crp(run: str, data: str, options: argparse.Namespace, images_: int) -> dict[
     except ImportError:
         print("zennit-crp is not installed: that comparison is left out (pip install zennit-crp)")
         return None
-    context = open_context(Options(run=run, data=data), top9.Config(), "top9", "cpu")
+    actor = start(run, data, options)
+    context = actor.work.context
     preprocessing = context.model.preprocessing
-    rows = context.index.split("val").slice(0, images_)
+    rows = context.index.split("val")
     data_bytes = [sample.image for sample in context.index.read(rows) if isinstance(sample, Sample)]
 
     class Pictures:
@@ -219,9 +231,11 @@ def crp(run: str, data: str, options: argparse.Namespace, images_: int) -> dict[
             size = preprocessing.resize_px, preprocessing.crop_px
             return preprocessing.normalise(_decode([data_bytes[place]], size))[0], 0
 
-    rates = {}
-    torch.set_num_threads(options.threads)
+    rates, swept = {}, []
     for batch in (8, 32) if options.quick else (1, 8, 16, 32, 64):
+        swept.append(len(data_bytes) / clock(lambda: _sweep(actor)))
+        actor.work.location.delete()
+        torch.set_num_threads(options.threads)
         with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()), _quiet():
             attribution = CondAttribution(context.model.network)
             layers = {layer: ChannelConcept() for layer in LAYERS}
@@ -229,8 +243,9 @@ def crp(run: str, data: str, options: argparse.Namespace, images_: int) -> dict[
             rates[batch] = len(data_bytes) / clock(
                 lambda peer=peer, batch=batch: peer.run(None, 0, len(data_bytes), batch, checkpoint=10**6)
             )
-    torch.set_num_threads(1)
-    return rates
+        torch.set_num_threads(1)
+    actor.close()
+    return rates, median(swept)
 
 
 def _quiet() -> contextlib.redirect_stderr[io.StringIO]:
@@ -239,12 +254,12 @@ def _quiet() -> contextlib.redirect_stderr[io.StringIO]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="fewer images and repeats; under 3 minutes")
+    parser.add_argument("--quick", action="store_true", help="fewer images and rounds; under 3 minutes")
     parser.add_argument("--data", nargs="+", default=DATA, help="tars; relative to the project")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of every side")
     parser.add_argument("--batch-size", type=int, default=top9.Config().batch_size)
     options = parser.parse_args()
-    options.repeats = 3 if options.quick else 5
+    options.seconds = 40 if options.quick else 70
     torch.set_num_threads(1)
     found: dict[str, Rates] = {}
     with tempfile.TemporaryDirectory() as name:
@@ -255,18 +270,23 @@ def main() -> None:
             found[architecture] = rates = measure(run, data, options)
             print(
                 f"{architecture}: decode {rates.decode:.1f}, forward {rates.forward:.1f}, limit {rates.limit:.1f}, "
-                f"sweep {rates.sweep:.1f} images/s: {rates.share:.3f} of the limit; start-up {rates.start_up:.1f} s; "
-                f"error {rates.error:.1e}",
+                f"sweep {rates.sweep:.1f} images/s: {rates.share:.3f} of the limit, "
+                f"{rates.busy_share:.3f} in processor time ({rates.rounds} rounds); "
+                f"start-up {rates.start_up:.1f} s; error {rates.error:.1e}",
                 flush=True,
             )
-        peer = crp(str(folder / "zfnet"), data, options, 64 if options.quick else 137)
+        peer = crp(
+            str(folder / "zfnet"), write_data(folder / "peer", options.data, 64 if options.quick else 137), options
+        )
     times = None
     if peer:
-        best = max(peer, key=peer.__getitem__)
-        times = found["zfnet"].sweep / peer[best]
-        tried = ", ".join(f"{rate:.1f} at {batch}" for batch, rate in peer.items())
-        print(f"zennit-crp (forward and backward, whole network), images/s by batch size: {tried}")
-        print(f"the sweep of zfnet does {times:.1f} times as many as its best, {peer[best]:.1f}")
+        tried, ours = peer
+        times = ours / max(tried.values())
+        print(
+            "zennit-crp (forward and backward, whole network), images/s by batch size: "
+            + ", ".join(f"{rate:.1f} at {batch}" for batch, rate in tried.items())
+        )
+        print(f"the sweep of zfnet does {ours:.1f} of the same images, {times:.1f} times its best")
     print(
         json.dumps(
             {
@@ -274,7 +294,7 @@ def main() -> None:
                 "error": max(rates.error for rates in found.values()),
                 "times_zennit_crp": times,
                 "threads": options.threads,
-                **{name: {**vars(rates), "limit": rates.limit} for name, rates in found.items()},
+                **{name: vars(rates) for name, rates in found.items()},
             }
         )
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import threading
 import time
 import traceback
 from collections.abc import Iterator
@@ -26,7 +27,12 @@ from zfnet.activations import NotFinite
 
 
 class PartActor:
-    """Ray Data's actor: loads the model once, then does whole parts."""
+    """Ray Data's actor: loads the model once, then does whole parts.
+
+    Several parts may be called for at once, each in a thread of its own: their batches share the actor's threads in the
+    order of the calls, so that these go on with the next part while the last batches of one are waited for, reduced
+    and committed.
+    """
 
     def __init__(
         self,
@@ -42,6 +48,8 @@ class PartActor:
         self.threads = resources.cpus
         self.device = "cuda" if resources.gpus else "cpu"
         self.error = ""
+        self.pool = ThreadPoolExecutor(self.threads)
+        self.using_gpu = threading.Lock()
         try:
             _deterministic()
             if token is not None:
@@ -65,8 +73,13 @@ class PartActor:
                 error = _explain(problem)
         return {"part": [number], "samples": [samples], "error": [error]}
 
+    def close(self) -> None:
+        """Begin nothing more: parts that are under way end with an error, which nobody reads."""
+        self.pool.shutdown(wait=False, cancel_futures=True)
+
     def _do(self, number: int) -> int:
-        attempt = self.work.begin_attempt(number, self.session)
+        # A part begins when a thread is free for it: a worker's death while it waits is none of its attempts.
+        attempt = self.pool.submit(self.work.begin_attempt, number, self.session).result()
         if attempt > self.limit:
             raise SweepFailed(f"its worker died {self.limit} times in a row (out of memory?): give up")
         started = time.time()
@@ -94,12 +107,11 @@ class PartActor:
         results: list[Any] = []
         read = 0
         on_cpu = self.device == "cpu"
-        with ThreadPoolExecutor(self.threads) as pool:
-            for images, result, not_read in pool.map(self._prepare_and_map if on_cpu else self._prepare, batches):
-                skipped += not_read
-                read += images
-                if images:
-                    results.append(result if on_cpu else self._map(result))
+        for images, result, not_read in self.pool.map(self._prepare_and_map if on_cpu else self._prepare, batches):
+            skipped += not_read
+            read += images
+            if images:
+                results.append(result if on_cpu else self._map_alone(result))
         return results, skipped, read
 
     def _prepare_and_map(self, rows: pa.Table) -> tuple[int, Any, list[Skipped]]:
@@ -109,6 +121,10 @@ class PartActor:
     def _prepare(self, rows: pa.Table) -> tuple[int, Any, list[Skipped]]:
         batch, skipped = self.analysis.prepare(self.work.context, self.state, rows)
         return 0 if batch is None else len(batch.pictures), batch, skipped
+
+    def _map_alone(self, batch: Any) -> Any:
+        with self.using_gpu:  # its memory is for one batch at a time
+            return self._map(batch)
 
     def _map(self, batch: Any) -> Any:
         try:

@@ -8,6 +8,7 @@ import re
 import socket
 import tempfile
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,9 @@ import ray.data
 
 OBJECT_STORE_BYTES = 512 * 2**20
 """Of a cluster that a job starts for itself: only account rows pass through it."""
+
+PARTS_AT_ONCE = 2
+"""Of one actor: while the last batches of a part are waited for and its rows committed, the next one begins."""
 
 
 class CannotSchedule(ValueError):
@@ -205,9 +209,7 @@ def map_parts(
     """
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     if resources.num == 0:
-        in_process = actor(**arguments)
-        for part in parts:
-            yield {name: values[0] for name, values in in_process({n: [v] for n, v in part.items()}).items()}
+        yield from _in_process(actor(**arguments), parts)
         return
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False  # the job says itself how far it is
@@ -216,8 +218,23 @@ def map_parts(
         actor,
         fn_constructor_kwargs=arguments,
         batch_size=1,
-        compute=ray.data.ActorPoolStrategy(size=min(resources.num, len(parts))),
+        compute=ray.data.ActorPoolStrategy(
+            size=min(resources.num, len(parts)),
+            max_concurrent_calls_per_actor=PARTS_AT_ONCE,
+            enable_true_multi_threading=True,
+        ),
         num_cpus=resources.cpus,
         num_gpus=resources.gpus or None,
     )
     yield from dataset.iter_rows()
+
+
+def _in_process(actor: Any, parts: list[dict[str, Any]]) -> Iterator[Any]:
+    """As Ray Data does it, in the order of the parts."""
+    calls = ThreadPoolExecutor(PARTS_AT_ONCE)
+    try:
+        for done in calls.map(actor, [{name: [value] for name, value in part.items()} for part in parts]):
+            yield {name: values[0] for name, values in done.items()}
+    finally:  # an error or Ctrl-C: what is under way ends within a batch
+        actor.close()
+        calls.shutdown(cancel_futures=True)

@@ -37,6 +37,13 @@ _NAME = re.compile(
     r"^((?:.*/)?[^./][^./]*)\.([^/]+)$", re.DOTALL
 )  # webdataset's rule: the suffix starts at the first dot
 
+# What follows the name in the header of a regular file (POSIX.1-1988, or with GNU's mark) without a prefix to it.
+_PLAIN_HEADER = re.compile(
+    rb"(?:[0-7]{7}\0){3}(?P<size>[0-7]{11})[\0 ][0-7]{11}[\0 ](?P<sum>[0-7]{6})\0 0.{100}ustar(?:\x0000|  \0).{64}"
+    rb"(?:[0-7]{7}\0|\0{8}){2}\0",
+    re.DOTALL,
+)
+
 SAMPLES = pa.schema(
     [
         tables.column("split", pa.string(), "Split: the shard's file name up to the last '-'."),
@@ -228,13 +235,12 @@ def _parse(row: dict[str, Any], data: bytes) -> Sample | Skipped:
         return Skipped(shard, key, "too_large", f"{size} bytes; at most {MAX_SAMPLE_BYTES} are read")
     if len(data) < size:
         return Skipped(shard, key, "truncated", f"the shard ends after {len(data)} of the sample's {size} bytes")
+    members: dict[str, bytes] = {}
     try:
-        with tarfile.open(fileobj=io.BytesIO(data), mode="r:", errors="surrogateescape") as tar:
-            members: dict[str, bytes] = {}
-            for member in tar:
-                name = _split_name(member.name)
-                if member.isreg() and name is not None and name[0] == key:
-                    members.setdefault(name[1], data[member.offset_data : member.offset_data + member.size])
+        for name, start, length in _plain_files(data) or _files(data):
+            split = _split_name(name)
+            if split is not None and split[0] == key:
+                members.setdefault(split[1], data[start : start + length])
     except (tarfile.TarError, ValueError, OverflowError) as error:
         return Skipped(shard, key, "corrupt_tar", str(error))
     if not members:
@@ -244,6 +250,35 @@ def _parse(row: dict[str, Any], data: bytes) -> Sample | Skipped:
             shard, key, "no_image", f"it has {', '.join(sorted(members))}; one of {IMAGE_SUFFIXES} is needed"
         )
     return Sample(key, shard, row["label"], members)
+
+
+def _files(data: bytes) -> list[tuple[str, int, int]]:
+    """Name, first byte and length of every regular file of a tar, whatever its dialect.
+
+    Raises: tarfile.TarError, ValueError, OverflowError.
+    """
+    with tarfile.open(fileobj=io.BytesIO(data), mode="r:", errors="surrogateescape") as tar:
+        return [(member.name, member.offset_data, member.size) for member in tar if member.isreg()]
+
+
+def _plain_files(data: bytes) -> list[tuple[str, int, int]] | None:
+    """What `_files` says, in a quarter of the time; None unless all headers are sound, and plain.
+
+    Not plain are long names, directories, large numbers and extensions of any kind.
+    """
+    files = []
+    place = 0
+    while place < len(data):
+        found = _PLAIN_HEADER.match(data, place + 100)
+        # The header's bytes are summed with blanks in the place of the sum, of which one is there.
+        if not found or sum(data[place : place + _BLOCK]) - sum(found["sum"]) + 7 * ord(" ") != int(found["sum"], 8):
+            return None
+        name = data[place : place + 100].partition(b"\0")[0].decode("utf-8", "surrogateescape")
+        length = int(found["size"], 8)
+        start = place + _BLOCK
+        place = start + -(-length // _BLOCK) * _BLOCK
+        files.append((name, start, length))
+    return files if place == len(data) else None
 
 
 def _split_name(name: str) -> tuple[str, str] | None:

@@ -132,10 +132,15 @@ def write(
     write_stream(iter([table]), table.schema, location, staging, row_group_bytes)
 
 
+def _texts(schema: pa.Schema) -> list[str]:
+    """What gets a dictionary. Numbers seldom repeat: without one they take half the time to write, and fewer bytes."""
+    return [field.name for field in schema if pa.types.is_string(field.type)]
+
+
 def stored_bytes(table: pa.Table) -> int:
     """What the table takes as a Parquet file."""
     sink = pa.BufferOutputStream()
-    pq.write_table(table, sink, compression=_COMPRESSION)
+    pq.write_table(table, sink, compression=_COMPRESSION, use_dictionary=_texts(table.schema))
     return int(sink.getvalue().size)
 
 
@@ -151,7 +156,10 @@ def write_stream(
     Returns: the number of rows. The same tables give the same bytes.
     """
     rows = 0
-    with location.whole_file(staging) as file, pq.ParquetWriter(file, schema, compression=_COMPRESSION) as writer:
+    with (
+        location.whole_file(staging) as file,
+        pq.ParquetWriter(file, schema, compression=_COMPRESSION, use_dictionary=_texts(schema)) as writer,
+    ):
         for table in tables:
             table = table.cast(schema)
             rows += table.num_rows

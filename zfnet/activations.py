@@ -10,7 +10,6 @@ Samples are integers whose order is the order of their keys; -1 never occurs, `N
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -78,24 +77,24 @@ def strongest(activation: Tensor) -> Strongest:
     """The strongest cell of every map; of equal cells the first in row-major order.
 
     Args:
-        activation: [N, C, H, W], or [N, C] of a fully connected layer (1x1 maps).
+        activation: [N, C, H, W], fastest if channels-last; or [N, C] of a fully connected layer (1x1 maps).
 
     Raises: NotFinite where an activation is NaN or infinite: it would sort nowhere.
     """
     if activation.dim() == 2:
         activation = activation[:, :, None, None]
-    images, channels, rows, columns = activation.shape
-    # On a CPU all four reductions of a few maps are done while these are in the cache; a GPU takes all at once.
-    on_cpu = activation.device.type == "cpu"
-    together = max(1, _CACHE_BYTES // (4 * rows * columns)) if on_cpu else images * channels
-    above = torch.empty(min(together, images * channels), rows * columns, device=activation.device)
-    pieces = [_reduce(piece, above[: len(piece)]) for piece in _maps(activation, together)]
-    value, position, total, active = (torch.cat(column).view(images, channels) for column in zip(*pieces, strict=True))
+    cells = activation.permute(0, 2, 3, 1).contiguous()  # maps innermost, as convolutions of an image leave them
+    rows, columns = cells.shape[1:3]
+    largest, total, active = (of_rows.unflatten(0, cells.shape[:2]) for of_rows in _reduce_rows(cells.flatten(0, 1)))
+    # The first row that holds the maximum, and in it the first column: torch.max documents the first of equals.
+    row = largest.max(1).indices
+    held = cells.gather(1, row[:, None, None].expand(-1, 1, columns, -1))[:, 0]
+    value, column = held.max(1)
     found = Strongest(
         value=value.to(torch.float32).cpu().numpy(),
-        position=position.to(torch.int32).cpu().numpy(),
-        total=total.sum(0).cpu().numpy(),
-        active=active.sum(0, dtype=torch.float64).to(torch.int64).cpu().numpy(),
+        position=(row * columns + column).to(torch.int32).cpu().numpy(),
+        total=total.sum((0, 1), dtype=torch.float64).cpu().numpy(),  # float32 within a row of a map only
+        active=active.sum((0, 1), dtype=torch.float64).to(torch.int64).cpu().numpy(),
         shape=(rows, columns),
     )
     if not np.isfinite(found.total).all():
@@ -105,31 +104,22 @@ def strongest(activation: Tensor) -> Strongest:
     return found
 
 
-def _maps(activation: Tensor, together: int) -> Iterator[Tensor]:
-    """All maps, so many at a time, each of them contiguous; a piece is good until the next one is asked for."""
-    if activation.is_contiguous() or activation.device.type != "cpu":
-        yield from activation.flatten(0, 1).split(together)
-        return
-    # Channels lie innermost, as in a convolution of such an image: turned one image at a time, in room that stays.
-    image = torch.empty(activation.shape[1:], dtype=activation.dtype)
-    for turned in activation:
-        yield from image.copy_(turned).split(together)
+def _reduce_rows(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Of rows of cells [R, W, C]: maximum, sum, and number of cells above zero, each [R, C].
 
-
-def _reduce(maps: Tensor, above: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Of maps [M, H, W]: maximum, its first place, sum, and number of the cells above zero, each [M].
-
-    `above` is room for a float32 of every cell, [M, H * W].
+    On a CPU all three are taken of so many rows as stay in the cache; a GPU takes all at once.
     """
-    flat = maps.flatten(1)
-    if flat.device.type == "cpu":  # torch's argmax is scalar code there, NumPy's is not: four times faster
-        position = torch.from_numpy(flat.numpy().argmax(-1))
-        value = flat.gather(-1, position[:, None])[:, 0]
-    else:
-        value, position = flat.max(-1)  # documented: the first of equal maxima
-    total = maps.sum(-1).sum(-1, dtype=torch.float64)  # float32 within a row of a map only
-    # Ones as floats add up much faster than booleans do, and exactly: a map has fewer than 2^24 cells.
-    return value, position, total, torch.gt(flat, 0, out=above).sum(-1)
+    together = len(rows)
+    if rows.device.type == "cpu":
+        together = max(1, _CACHE_BYTES // max(1, rows[0].nbytes))
+    above = torch.empty_like(rows[:together])
+    reduced = [
+        # Ones as floats add up much faster than booleans do, and exactly: a row has fewer than 2^24 cells.
+        (piece.amax(1), piece.sum(1), torch.gt(piece, 0, out=above[: len(piece)]).sum(1))
+        for piece in rows.split(together)
+    ]
+    largest, total, active = (torch.cat(column) for column in zip(*reduced, strict=True))
+    return largest, total, active
 
 
 @dataclass(frozen=True, eq=False)

@@ -113,12 +113,14 @@ class Preprocessing:
 
         Returns: float32 [N, 3, crop_px, crop_px] in the network's channel order.
         """
-        x = pixels.permute(0, 3, 1, 2).to(torch.float32)
+        x = pixels.to(torch.float32, copy=True)
         if self.channels == "BGR":
-            x = x.flip(1)
+            x = x.flip(-1)
         if self.maximum != 255.0:
-            x = x * (self.maximum / 255.0)
-        return (x - self._mean(pixels.device, top, left)) / self.std.to(pixels.device)
+            x *= self.maximum / 255.0
+        x -= _of_each_pixel(self._mean(pixels.device, top, left), self.crop_px)
+        x /= _of_each_pixel(self.std.to(pixels.device), self.crop_px)
+        return x.permute(0, 3, 1, 2)
 
     def _mean(self, device: torch.device, top: Tensor | None, left: Tensor | None) -> Tensor:
         mean = self.mean.to(device)
@@ -131,6 +133,12 @@ class Preprocessing:
         corners = zip(top.tolist(), left.tolist(), strict=True)
         crops = [mean[:, t : t + size, le : le + size] for t, le in corners]
         return torch.stack(crops) if crops else mean.new_zeros(0, 3, size, size)
+
+
+def _of_each_pixel(numbers: Tensor, size: int) -> Tensor:
+    """[..., 3, 1 or size, 1 or size] as [..., size, size, 3] in memory: fast to combine with pixels in their layout."""
+    numbers = numbers.movedim(-3, -1)
+    return numbers.expand(*numbers.shape[:-3], size, size, 3).contiguous()
 
 
 def centre_offset(length: int, crop: int) -> int:

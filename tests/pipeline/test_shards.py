@@ -1,11 +1,15 @@
 """The index and the one reader: every sample is read or accounted for, whatever happens to the tar."""
 
+import contextlib
 import json
 import random
 import tarfile
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from pipeline import shards
 from pipeline.shards import BadShards, Index, Sample, Skipped, index_shards, split_of
 from pipeline.storage import StorageError
 from tests.conftest import samples
@@ -124,6 +128,32 @@ def test_damage_after_the_index_was_made_skips_just_what_is_lost(shard, kind):
         assert found == ["ok"] * 4 + ["corrupt_tar"] + ["ok"] * 5
     else:
         assert found == ["ok"] * 4 + ["truncated"] * 6
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.data())
+def test_the_fast_reader_of_headers_is_tarfile_or_leaves_it_to_it(data):
+    """Of a sample as tars hold it, with some bytes changed: none, or those of any header or member."""
+    name = st.text("aé/.x", min_size=1, max_size=120)
+    members = data.draw(st.lists(st.tuples(name, st.binary(max_size=600)), min_size=1, max_size=3))
+    dialect = data.draw(st.sampled_from([tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT]))
+    sample = bytearray()
+    for text, content in members:
+        member = tarfile.TarInfo(text)
+        member.size = len(content)
+        with contextlib.suppress(ValueError):  # ustar has no way to write some long names
+            sample += member.tobuf(dialect) + content + bytes(-len(content) % 512)
+    for place in data.draw(st.lists(st.integers(0, max(0, len(sample) - 1)), max_size=2)) if sample else ():
+        sample[place] = data.draw(st.integers(0, 255))
+    fast = shards._plain_files(bytes(sample))
+    if fast:
+        assert fast == shards._files(bytes(sample))
+
+
+def test_plain_headers_are_read_fast(shard):
+    for sample in Index.load(str(make_index(shard).folder), str(shard.parent / "index")).samples.to_pylist():
+        bytes_ = shard.read_bytes()[sample["offset"] :][: sample["bytes"]]
+        assert shards._plain_files(bytes_) == shards._files(bytes_)
 
 
 def test_accepting_damage_indexes_what_comes_before_it(shard):

@@ -1,5 +1,6 @@
 """Sweeps end to end: exact, the same for any number of actors, resumable, and never silently incomplete."""
 
+import itertools
 import json
 import shutil
 from dataclasses import replace
@@ -342,12 +343,11 @@ def test_a_finished_slice_is_never_rewritten(make_run, make_shards, capsys):
 
 def break_after(monkeypatch, parts):
     """Let every part after the first few fail, as if the power went."""
-    done = []
+    reduced = itertools.count()
 
     def breaks(context, results):
-        if len(done) == parts:
+        if next(reduced) >= parts:
             raise RunError("the power went")
-        done.append(results)
         return top9.reduce_part(context, results)
 
     monkeypatch.setattr(top9, "ANALYSIS", replace(top9.ANALYSIS, reduce_part=breaks))
@@ -363,10 +363,12 @@ def test_an_interrupted_sweep_goes_on_where_it_stopped(make_run, make_shards, tm
         with pytest.raises(SweepFailed, match=r"(?s)the power went.+4 of 7 parts are not done"):
             run_top9(run, data)
     assert not (run / "results").exists()
+    done = [int(path.stem[5:]) for path in (run / "unfinished" / "top9").glob("*/parts/*")]
     assert run_top9(run, data) == 0
     assert_same(run, undisturbed, "top9", "feature_maps")
-    account = pd.read_parquet(run / "results" / "account")
-    assert account.attempts.tolist() == [1, 1, 1, 2, 1, 1, 1]
+    account = pd.read_parquet(run / "results" / "account").set_index("part")
+    assert (account.attempts[done] == 1).all()
+    assert account.attempts.max() == 2
     assert account.samples.sum() == sum(UNEQUAL)
     assert not (run / "unfinished" / "top9").exists()
 
@@ -570,7 +572,8 @@ def test_two_runs_of_one_job_do_not_break_each_other(make_run, make_shards, tmp_
 
     monkeypatch.setattr(top9, "ANALYSIS", replace(top9.ANALYSIS, reduce_part=overtaken))
     assert run_top9(run, data) == 0
-    assert ("another run of this job finished it meanwhile" in capsys.readouterr().out) == (part > 1)
+    # By the fourth part some are committed for sure, which the second run clears up.
+    assert "another run of this job finished it meanwhile" in capsys.readouterr().out or part < 4
     assert_same(run, undisturbed, "top9", "feature_maps")
     assert not (run / "unfinished").exists() or not list((run / "unfinished").iterdir())
 
