@@ -20,6 +20,10 @@ OBJECT_STORE_BYTES = 512 * 2**20
 """Of a cluster that a job starts for itself: only account rows pass through it."""
 
 
+ELASTIC_SECONDS = 15.0
+"""Between two looks for room for more training workers; also how long a group whose nodes are gone is waited for."""
+
+
 class CannotSchedule(ValueError):
     """The cluster can never give what was asked; the message names both."""
 
@@ -163,6 +167,8 @@ def fit(
 
     Raises: TrainingFailed where it failed for good, with what the workers said.
     """
+    if most is not None:  # Ray still counts a node that died, and would wait a minute for it
+        os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(ELASTIC_SECONDS))
     from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
     from ray.train.torch import TorchTrainer
 
@@ -175,6 +181,7 @@ def fit(
                 num_workers=resources.num if most is None else (resources.num, most),
                 use_gpu=resources.gpus > 0,
                 resources_per_worker={"CPU": resources.cpus, "GPU": resources.gpus},
+                elastic_resize_monitor_interval_s=ELASTIC_SECONDS,
             ),
             run_config=RunConfig(
                 name="train", storage_path=scratch, failure_config=FailureConfig(max_failures=failures)

@@ -29,6 +29,7 @@ METRICS = pa.schema(
         tables.column("validation_top1", pa.float64(), "Share of them whose class is the most probable."),
         tables.column("validation_top5", pa.float64(), "Share of them whose class is among the five most probable."),
         tables.column("skipped", pa.int64(), "Training samples of the epoch that could not be read."),
+        tables.column("workers", pa.int32(), "Training workers at the end of the epoch."),
         tables.column("images_per_second", pa.float64(), "Training images a second, all workers together."),
         tables.column("data_wait_share", pa.float64(), "Share of the training time spent waiting for images."),
         tables.column("seconds", pa.float64(), "Seconds of the epoch, validation included."),
