@@ -47,10 +47,11 @@ def write(run: Run, row: dict[str, float]) -> None:
     gauge(run, {name: row[name] for name in METRICS.names})
 
 
-def read(run: Run) -> pa.Table:
-    """All epochs so far, in order; no rows where there are none."""
+def read(run: Run, after: int = 0) -> pa.Table:
+    """The epochs so far but for the first `after`, in order; nothing is read where there are none."""
     location = run.location / "metrics"
-    return tables.read(location) if location.names() else METRICS.empty_table()
+    names = sorted(location.names())[after:]
+    return pa.concat_tables([METRICS.empty_table(), *(tables.read(location / name) for name in names)])
 
 
 def gauge(run: Run, values: dict[str, float]) -> None:
