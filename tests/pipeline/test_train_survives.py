@@ -32,7 +32,7 @@ from tests.pipeline.test_train import options, weights
 SEED = int(os.environ.get("KILL_SEED", random.SystemRandom().randrange(10**6)))
 STEPS = 25  # of an epoch: 200 images by 8
 SETTINGS = ["--epochs", "4", "--batch", "8", "--checkpoint-steps", "3", "--workers.cpus", "1", "--decoders", "0"]
-EPOCHS = 80  # of the elastic training: it must last until Ray Train has seen the new node
+EPOCHS = 50  # of the elastic training: it must last until Ray Train has seen the new node
 
 
 def command(run: Path, data: Path, *more: str) -> list[str]:
