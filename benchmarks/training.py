@@ -1,19 +1,22 @@
-"""How near training comes to what its parts allow: `python -m benchmarks.training [--quick]`.
+"""How near training comes to what its parts allow: `python -m benchmarks.training [--quick] [--batch N]`.
 
 One Ray Train worker of one CPU reads JPEG shards, decodes and trains in one process. Decoding alone and a plain torch
 loop fed from memory are measured before and after it in each round; the limit is 1 / (1/decode + 1/step). That is
 done with nothing pinned, and again with all on one core, where Ray's own processes share it with the worker. The
-pinned worker is also the baseline of two on simulated nodes of one CPU, each with its core. Medians over rounds.
+pinned worker is also the baseline of two on simulated nodes of one CPU, each with its core; Ray's head and the driver
+are on the first core in both. What two cores of this machine give at best is measured too: two plain loops of half
+the batch that know nothing of each other, at once, over one of the whole batch. Medians over rounds.
 """
 
 from __future__ import annotations
 
+import argparse
 import io
 import itertools
 import json
+import multiprocessing
 import os
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -36,14 +39,14 @@ from pipeline.stream import Images, epoch_order, labelled
 from zfnet import models, recipe
 from zfnet.images import Preprocessing
 
-BATCH = 64
+VALIDATION = 64
 NETWORK = "zfnet_small"
 
 
 def make_shards(folder: Path, images: int) -> None:
     """JPEGs of 250 x 200 px in shards of 500, ten classes."""
     rng = np.random.default_rng(0)
-    for split, count in (("train", images), ("val", BATCH)):
+    for split, count in (("train", images), ("val", VALIDATION)):
         for shard in range(0, count, 500):
             with wds.TarWriter(str(folder / f"{split}-{shard // 500:06d}.tar")) as tar:
                 for number in range(shard, min(shard + 500, count)):
@@ -65,7 +68,7 @@ def pinned(core: int | None) -> Iterator[None]:
         os.sched_setaffinity(0, before)
 
 
-def decode_alone(data: Path) -> tuple[float, list[Any]]:
+def decode_alone(data: Path, batch: int) -> tuple[float, list[Any]]:
     """Images a second of reading and decoding one epoch, and its batches."""
     index = Index.load(str(data))
     rows, _ = labelled(index, "train", 10)
@@ -75,10 +78,10 @@ def decode_alone(data: Path) -> tuple[float, list[Any]]:
     order = epoch_order(shards, 0, 1)
     started = time.perf_counter()
     batches = [
-        dataset.__getitems__([(1, int(row)) for row in order[start : start + BATCH]])
-        for start in range(0, len(order) - BATCH + 1, BATCH)
+        dataset.__getitems__([(1, int(row)) for row in order[start : start + batch]])
+        for start in range(0, len(order) - batch + 1, batch)
     ]
-    return len(batches) * BATCH / (time.perf_counter() - started), batches
+    return len(batches) * batch / (time.perf_counter() - started), batches
 
 
 def steps_alone(batches: list[Any]) -> float:
@@ -99,14 +102,16 @@ def steps_alone(batches: list[Any]) -> float:
         loss.backward()
         optimizer.step()
         recipe.renormalise_filters(network)
-    return len(batches) * BATCH / (time.perf_counter() - started)
+    return sum(len(batch.label) for batch in batches) / (time.perf_counter() - started)
 
 
-def trained(data: Path, run: Path, epochs: int, cores: Sequence[int | None]) -> dict[str, float]:
-    """Train on nodes of one CPU, one for each core, every process of a node pinned to it."""
-    cluster = Cluster(
-        initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False, "object_store_memory": 2**27}
-    )
+def trained(data: Path, run: Path, batch: int, epochs: int, cores: Sequence[int | None]) -> dict[str, float]:
+    """Train on nodes of one CPU, one for each core, its processes pinned to it, head and driver to the first."""
+    with pinned(cores[0]):
+        cluster = Cluster(
+            initialize_head=True,
+            head_node_args={"num_cpus": 0, "include_dashboard": False, "object_store_memory": 2**27},
+        )
     try:
         for core in cores:
             with pinned(core):
@@ -116,13 +121,14 @@ def trained(data: Path, run: Path, epochs: int, cores: Sequence[int | None]) -> 
             data=str(data),
             architecture=NETWORK,
             epochs=epochs,
-            batch=BATCH,
+            batch=batch,
             decoders=0,
             address=cluster.address,
             workers=Workers(num=len(cores), cpus=1, gpus=0),
         )
         started = time.perf_counter()
-        train.run(options)
+        with pinned(cores[0]):
+            train.run(options)
         wall = time.perf_counter() - started
     finally:
         cluster.shutdown()
@@ -134,34 +140,45 @@ def trained(data: Path, run: Path, epochs: int, cores: Sequence[int | None]) -> 
     }
 
 
-def alone(data: Path, core: int | None) -> tuple[float, float]:
+def alone(data: Path, batch: int, core: int | None) -> tuple[float, float]:
     """Images a second of decoding alone, and of the plain loop from memory."""
+    torch.set_num_threads(1)
     with pinned(core):
-        decode, batches = decode_alone(data)
+        decode, batches = decode_alone(data, batch)
         return decode, steps_alone(batches)
 
 
-def against_limit(data: Path, run: Path, epochs: int, core: int | None) -> dict[str, float]:
+def limit(decode: float, step: float) -> float:
+    """Images a second of both, one after the other."""
+    return 1 / (1 / decode + 1 / step)
+
+
+def at_once(data: Path, batch: int, cores: Sequence[int]) -> float:
+    """Images a second, summed, of one process on each core, each with its share of the batch and on its own."""
+    with multiprocessing.get_context("spawn").Pool(len(cores)) as pool:
+        share = batch // len(cores)
+        return sum(limit(*found) for found in pool.starmap(alone, [(data, share, core) for core in cores], chunksize=1))
+
+
+def against_limit(data: Path, run: Path, batch: int, epochs: int, core: int | None) -> dict[str, float]:
     """One worker against the limit of its parts, which are measured before and after."""
-    before = alone(data, core)
-    one = trained(data, run, epochs, [core])
-    decode, step = (statistics.mean(pair) for pair in zip(before, alone(data, core), strict=True))
-    limit = 1 / (1 / decode + 1 / step)
+    before = alone(data, batch, core)
+    one = trained(data, run, batch, epochs, [core])
+    decode, step = (statistics.mean(pair) for pair in zip(before, alone(data, batch, core), strict=True))
     return {
         "decode_images_per_second": decode,
         "step_images_per_second": step,
-        "limit_images_per_second": limit,
+        "limit_images_per_second": limit(decode, step),
         "train_images_per_second": one["rate"],
-        "share_of_limit": one["rate"] / limit,
+        "share_of_limit": one["rate"] / limit(decode, step),
         "data_wait_share": one["wait"],
         "ray_overhead_seconds": one["overhead"],
     }
 
 
-def measure(quick: bool) -> dict[str, float]:
+def measure(quick: bool, batch: int) -> dict[str, float]:
     """All figures: medians over the rounds."""
     rounds, images, epochs = (1, 1000, 5) if quick else (5, 2000, 7)
-    torch.set_num_threads(1)
     cores = sorted(os.sched_getaffinity(0))[:2]
     found: list[dict[str, float]] = []
     with tempfile.TemporaryDirectory() as scratch:
@@ -170,11 +187,12 @@ def measure(quick: bool) -> dict[str, float]:
         make_shards(data, images)
         names = (Path(scratch) / f"run-{number}" for number in itertools.count())
         for _ in range(rounds):
-            row = against_limit(data, next(names), epochs, None)
-            one = against_limit(data, next(names), epochs, cores[0])
+            row = against_limit(data, next(names), batch, epochs, None)
+            one = against_limit(data, next(names), batch, epochs, cores[0])
             row["pinned_share_of_limit"] = one["share_of_limit"]
             if len(cores) > 1:
-                two = trained(data, next(names), epochs, cores)
+                two = trained(data, next(names), batch, epochs, cores)
+                row["two_plain_loops_over_one"] = at_once(data, batch, cores) / at_once(data, batch, cores[:1])
                 row["two_workers_over_one"] = two["rate"] / one["train_images_per_second"]
             print(json.dumps({name: round(value, 3) for name, value in row.items()}), flush=True)
             found.append(row)
@@ -182,4 +200,10 @@ def measure(quick: bool) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    print(json.dumps({"benchmark": "training", "rounds": "medians", **measure("--quick" in sys.argv[1:])}))
+    parser = argparse.ArgumentParser(description="Training against the limit of its parts; two workers against one.")
+    parser.add_argument("--quick", action="store_true", help="one short round")
+    parser.add_argument("--batch", type=int, default=64, help="images a step, over all workers")
+    given = parser.parse_args()
+    print(
+        json.dumps({"benchmark": "training", **vars(given), "rounds": "medians", **measure(given.quick, given.batch)})
+    )

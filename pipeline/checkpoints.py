@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import io
 import json
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,7 +58,11 @@ def finished(run: Run) -> list[int]:
 
 def newest(run: Run) -> str | None:
     """Name of the whole checkpoint that is furthest, or None."""
-    return max(_whole(run), key=lambda name: _step(run, name), default=None)
+    steps = {}
+    for name in _whole(run):
+        with suppress(FileNotFoundError):  # workers of a call that was killed are alive some seconds more, and drop it
+            steps[name] = _step(run, name)
+    return max(steps, key=lambda name: steps[name], default=None)
 
 
 def _whole(run: Run) -> list[str]:

@@ -24,6 +24,10 @@ PARTS_AT_ONCE = 2
 """Of one actor: while the last batches of a part are waited for and its rows committed, the next one begins."""
 
 
+ELASTIC_SECONDS = 15.0
+"""Between two looks for room for more training workers; also how long a group whose nodes are gone is waited for."""
+
+
 class CannotSchedule(ValueError):
     """The cluster can never give what was asked; the message names both."""
 
@@ -167,6 +171,8 @@ def fit(
 
     Raises: TrainingFailed where it failed for good, with what the workers said.
     """
+    if most is not None:  # Ray still counts a node that died, and would wait a minute for it
+        os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(ELASTIC_SECONDS))
     from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
     from ray.train.torch import TorchTrainer
 
@@ -179,6 +185,7 @@ def fit(
                 num_workers=resources.num if most is None else (resources.num, most),
                 use_gpu=resources.gpus > 0,
                 resources_per_worker={"CPU": resources.cpus, "GPU": resources.gpus},
+                elastic_resize_monitor_interval_s=ELASTIC_SECONDS,
             ),
             run_config=RunConfig(
                 name="train", storage_path=scratch, failure_config=FailureConfig(max_failures=failures)

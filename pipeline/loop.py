@@ -200,6 +200,7 @@ class Trainer:
             "learning_rate": self.optimizer.param_groups[0]["lr"],
             **trained,
             **validated,
+            "workers": self.world,
             "images_per_second": (self.step - begun) * self.recipe.batch / seconds,
             "data_wait_share": self.waited / seconds,
             "seconds": self.earlier_seconds + time.monotonic() - started,
@@ -244,16 +245,20 @@ class Trainer:
         Returns: this rank's images, summed loss, right ones and skipped ones.
         """
         x, labels = self._input(examples), examples.label.to(self.device)
-        images_ = self._sum(torch.tensor([float(len(labels))], dtype=torch.float64, device=self.device))
+        images_ = torch.tensor([float(len(labels))], dtype=torch.float64, device=self.device)
+        # Waited for after the forward pass: waiting here would keep every rank back for the slowest decoder.
+        counting = dist.all_reduce(images_, async_op=True) if self.world > 1 else None
         self.optimizer.zero_grad(set_to_none=True)
-        # DistributedDataParallel averages over ranks; the mean over images needs the sum.
-        share = self.world / images_.clamp_min(1).to(self.dtype).squeeze()
         loss, right = torch.zeros(2, dtype=torch.float64, device=self.device)
         slices = list(zip(x.chunk(self.recipe.accumulate), labels.chunk(self.recipe.accumulate), strict=True))
         for number, (part, answers) in enumerate(slices, 1):
             with self._gradients_together(last=number == len(slices)):
                 logits = self._forward(self.parallel, part)
                 part_loss = F.cross_entropy(logits, answers, reduction="sum")
+                if counting is not None:
+                    counting.wait()
+                # DistributedDataParallel averages over ranks; the mean over images needs the sum.
+                share = self.world / images_.clamp_min(1).to(self.dtype).squeeze()
                 (part_loss * share).backward()
             loss = loss + part_loss.detach().double()
             right = right + (logits.detach().argmax(1) == answers).sum()

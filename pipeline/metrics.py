@@ -29,6 +29,7 @@ METRICS = pa.schema(
         tables.column("validation_top1", pa.float64(), "Share of them whose class is the most probable."),
         tables.column("validation_top5", pa.float64(), "Share of them whose class is among the five most probable."),
         tables.column("skipped", pa.int64(), "Training samples of the epoch that could not be read."),
+        tables.column("workers", pa.int32(), "Training workers at the end of the epoch."),
         tables.column("images_per_second", pa.float64(), "Training images a second, all workers together."),
         tables.column("data_wait_share", pa.float64(), "Share of the training time spent waiting for images."),
         tables.column("seconds", pa.float64(), "Seconds of the epoch, validation included."),
@@ -46,10 +47,11 @@ def write(run: Run, row: dict[str, float]) -> None:
     gauge(run, {name: row[name] for name in METRICS.names})
 
 
-def read(run: Run) -> pa.Table:
-    """All epochs so far, in order; no rows where there are none."""
+def read(run: Run, after: int = 0) -> pa.Table:
+    """The epochs so far but for the first `after`, in order; nothing is read where there are none."""
     location = run.location / "metrics"
-    return tables.read(location) if location.names() else METRICS.empty_table()
+    names = sorted(location.names())[after:]
+    return pa.concat_tables([METRICS.empty_table(), *(tables.read(location / name) for name in names)])
 
 
 def gauge(run: Run, values: dict[str, float]) -> None:

@@ -232,7 +232,7 @@ def _reporting(directory: Run, epochs: int, tensorboard: bool) -> Iterator[None]
         nonlocal said, pace
         while True:
             ended = stop.wait(1.0)
-            rows = metrics.read(directory).slice(said).to_pylist()
+            rows = metrics.read(directory, said).to_pylist()
             for row in rows:
                 _say_epoch(row, epochs)
             if rows and tensorboard:

@@ -10,10 +10,10 @@ from pipeline import mean, train
 from pipeline.cluster import Workers
 from pipeline.runs import Run, RunError
 from pipeline.shards import Index
-from pipeline.stream import Images, labelled
+from pipeline.stream import Images, epoch_order, labelled
 from tests.pipeline.test_train import options, weights
-from zfnet import images
-from zfnet.recipe import PRESETS, Recipe, initialise
+from zfnet import images, models
+from zfnet.recipe import PRESETS, Recipe, initialise, renormalise_filters, set_dropout
 
 
 def squares(index: Index, side: int) -> np.ndarray:
@@ -117,6 +117,33 @@ def test_modern_options_train_nearly_the_same(option, data, tmp_path):
         assert off <= limit * step + 1e-7, name
     if option in ("bf16", "cosine"):
         assert any(not torch.equal(one[name], two[name]) for name in one)
+
+
+def test_the_default_path_is_a_plain_torch_loop(data, tmp_path):
+    """Two epochs of three steps, float32, no dropout: the bits of a tutorial's loop over the same batches."""
+    train.run(options(tmp_path / "run", data, epochs=2, schedule="plateau", dropout=0.0))
+    trained = weights(tmp_path / "run")
+    index = Index.load(str(data))
+    rows, _ = labelled(index, "train", 3)
+    network = models.build("zfnet_small", classes=3)
+    initialise(network, "he", seed=0)
+    set_dropout(network, 0.0)
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4)
+    mean = torch.from_numpy(squares(index, 72).mean(0)).permute(2, 0, 1).float()
+    dataset = Images(index, rows, trained.preprocessing, seed=0)
+    for epoch in (1, 2):
+        order = epoch_order(np.zeros(24), 0, epoch).reshape(3, 8)
+        for batch in order:
+            examples = dataset.__getitems__([(epoch, int(row)) for row in batch])
+            crops = [mean[:, t : t + 64, le : le + 64] for t, le in zip(examples.top, examples.left, strict=True)]
+            x = examples.pixels.permute(0, 3, 1, 2).float() - torch.stack(crops)
+            loss = torch.nn.functional.cross_entropy(network(x), examples.label)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            renormalise_filters(network)
+    for name, tensor in network.state_dict().items():
+        assert torch.equal(trained.network.state_dict()[name], tensor), name
 
 
 def test_tensorboard_gets_each_column(data, tmp_path):

@@ -187,6 +187,14 @@ def _checkpoint(epoch):
     )
 
 
+def test_a_checkpoint_that_is_dropped_while_one_looks_is_not_there(tmp_path, monkeypatch):
+    run = Run.at(str(tmp_path))
+    checkpoints.write(run, _checkpoint(1))
+    whole = checkpoints._whole
+    monkeypatch.setattr(checkpoints, "_whole", lambda run: [*whole(run), "step-00000015"])
+    assert checkpoints.newest(run) == "epoch-0001"
+
+
 def test_only_what_is_needed_of_old_checkpoints_is_kept(tmp_path):
     run = Run.at(str(tmp_path))
     for epoch in range(1, 13):
