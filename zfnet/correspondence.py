@@ -13,6 +13,9 @@ from torch import Tensor
 Place = tuple[int, int]
 """Top and left of a mask in input pixels."""
 
+Box = tuple[float, ...]
+"""Top, left, height and width in input pixels."""
+
 _UNITS_AT_A_TIME = 2**20  # counts below 2^24 are exact in float32
 
 
@@ -27,7 +30,12 @@ def lies_inside(place: Place, mask_px: int, side_px: int) -> bool:
 
 
 def random_places(
-    parts: Sequence[Place], mask_px: int, side_px: int, count: int, rng: np.random.Generator
+    parts: Sequence[Place],
+    mask_px: int,
+    side_px: int,
+    count: int,
+    rng: np.random.Generator,
+    boxes: Sequence[Box] | None = None,
 ) -> list[Place]:
     """Masks that lie in the image whole and touch none of the parts' masks; each such place is as likely.
 
@@ -37,19 +45,23 @@ def random_places(
         side_px: side of the image.
         count: how many, no place twice.
         rng: decides all.
+        boxes: where given, the masks' centres lie in one of these: random parts of the object.
 
     Raises: ValueError where there are not so many places.
     """
     size = side_px - mask_px + 1
-    free = np.ones((size, size), dtype=bool)
+    free = np.full((size, size), boxes is None)
+    centres = np.arange(size) + mask_px / 2
+    for top, left, height, width in boxes or ():
+        in_rows, in_cols = (
+            abs(centres - start - side / 2) <= side / 2 for start, side in ((top, height), (left, width))
+        )
+        free |= np.outer(in_rows, in_cols)
     for top, left in parts:
         free[max(0, top - mask_px + 1) : top + mask_px, max(0, left - mask_px + 1) : left + mask_px] = False
     places = np.flatnonzero(free)
     if len(places) < count:
-        raise ValueError(
-            f"{count} random masks of {mask_px} px that leave out the parts were asked for, and an image of {side_px} "
-            f"px has {len(places)} such places: give a smaller mask, or fewer parts"
-        )
+        raise ValueError(f"there is room for {len(places)} of {count} random masks of {mask_px} px beside the parts")
     chosen = rng.choice(places, size=count, replace=False)
     return [(int(place) // size, int(place) % size) for place in chosen]
 

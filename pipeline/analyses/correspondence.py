@@ -11,10 +11,9 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -32,6 +31,7 @@ from pipeline.storage import Location
 from zfnet import images
 from zfnet.activations import NotFinite
 from zfnet.correspondence import (
+    Box,
     Place,
     centred,
     change_signs,
@@ -62,6 +62,9 @@ class Config:
     """Landmarks to mask, as the json calls them."""
     random: int = 5
     """Random parts of each image; they touch none of the named ones."""
+    random_in: Literal["box", "image"] = "box"
+    """Where the centres of random parts lie: in a box of the sample's json (the paper compares with random parts of the
+    object), or anywhere."""
     mask_px: int | None = None
     """Side of the square mask in input pixels; default 32 at an input of 224, in proportion."""
     fill: str = "124"
@@ -238,59 +241,55 @@ def samples(context: Context, slices: list[str]) -> pa.Table:
 
 def _unsuitable(context: Context, sample: Sample) -> str | None:
     """Why an image cannot be compared; None where it can, or cannot be read."""
+    config: Config = context.config
     try:
         described = json.loads(sample.members.get("json", b"{}"))
-        landmarks = described.get("landmarks", {})
-        points = {part: landmarks.get(part, []) for part in context.config.parts}
-        counts = {part: len(point) for part, point in points.items()}
-        if not all(math.isfinite(x) and math.isfinite(y) for point in points.values() for x, y in point):
-            return "a landmark of it is no number"
-    except (ValueError, TypeError, AttributeError) as error:
-        return f"its json has no landmarks as [[x, y], ...] ({error})"
-    where = context.config.where
-    if where is not None and described.get(where) is not True:
-        return f"{where} is not true"
-    if others := [f"{part} {count} times" for part, count in counts.items() if count != 1]:
-        return f"it has {', '.join(others)}"
-    size = context.model.preprocessing.resize_px, context.model.preprocessing.crop_px
-    try:
-        _, crop = images.input_pixels(sample.image, *size)
+        if config.where is not None and described.get(config.where) is not True:
+            return f"{config.where} is not true"
+        counts = {part: len(described.get("landmarks", {}).get(part, [])) for part in config.parts}
+        if others := [f"{part} {count} times" for part, count in counts.items() if count != 1]:
+            return f"it has {', '.join(others)}"
+        size = context.model.preprocessing.resize_px, context.model.preprocessing.crop_px
+        _masks(context, sample, images.input_pixels(sample.image, *size)[1])
     except images.BadImage:
         return None
-    places = _places(context, sample, crop)
-    outside = [part for part, at in places.items() if not lies_inside(at, context.config.mask_px, crop.size_px)]
-    return f"the mask of {', '.join(outside)} leaves the network's input" if outside else None
+    except (ValueError, TypeError, AttributeError, KeyError, OverflowError) as error:
+        return str(error)
+    return None
 
 
-def _places(context: Context, sample: Sample, crop: images.Crop) -> dict[str, Place]:
-    """Part -> its mask in input pixels."""
-    landmarks = json.loads(sample.members["json"])["landmarks"]
-    places = {}
-    for part in context.config.parts:
-        x, y = landmarks[part][0]
-        row, col = crop.from_original(y, x)[:2]
-        places[part] = centred(row, col, context.config.mask_px)
-    return places
+def _masks(context: Context, sample: Sample, crop: images.Crop) -> list[Place]:
+    """The masks of one image, in the order of Config.masks, from its landmarks and boxes in original pixels.
 
-
-def _masks(context: Context, picture: Picture) -> list[Place]:
-    """The masks of one image, in the order of Config.masks."""
+    Raises: ValueError where a mask leaves the input, or there is no room; more where the json is not as expected.
+    """
     config: Config = context.config
     assert config.mask_px is not None
-    named = list(_places(context, picture.sample, picture.crop).values())
-    seed = hashlib.sha256(json.dumps([config.seed, picture.sample.key]).encode()).digest()
+    described = json.loads(sample.members["json"])
+    named = []
+    for part in config.parts:
+        x, y = described["landmarks"][part][0]
+        row, col = crop.from_original(y, x)[:2]
+        named.append(centred(row, col, config.mask_px))
+        if not lies_inside(named[-1], config.mask_px, crop.size_px):
+            raise ValueError(f"the mask of {part} leaves the network's input")
+    seed = hashlib.sha256(json.dumps([config.seed, sample.key]).encode()).digest()
     rng = np.random.default_rng(int.from_bytes(seed, "big"))
-    try:
-        return named + random_places(named, config.mask_px, picture.crop.size_px, config.random, rng)
-    except ValueError as error:
-        raise RunError(f"sample {picture.sample.key!r}: {error}") from None
+    boxes = _boxes(described, crop) if config.random_in == "box" else None
+    return named + random_places(named, config.mask_px, crop.size_px, config.random, rng, boxes)
+
+
+def _boxes(described: dict[str, Any], crop: images.Crop) -> list[Box]:
+    """The boxes of the sample's json in input pixels."""
+    corners = [box["xyxy"] for box in described.get("boxes", [])]
+    return [crop.from_original(y1, x1, y2 - y1, x2 - x1) for x1, y1, x2, y2 in corners]
 
 
 def map_batch(context: Context, state: None, batch: Batch) -> pa.Table:
     """One image: the signs of the changes by every mask at every layer, and where the masks are."""
     (picture,) = batch.pictures
     config: Config = context.config
-    places = _masks(context, picture)
+    places = _masks(context, picture.sample, picture.crop)
     copies = masked(batch.x[0], filled(context, batch), places, config.mask_px or 0)
     try:
         found = features(context.graph, torch.cat([batch.x, copies]), config.layers)
