@@ -54,9 +54,12 @@ def altered(
     across, down = _source(transform, amount, height, width)
     rim = _overhang(across, down, height, width) + _RIM
     shifted = (*across[:2], across[2] + rim, *down[:2], down[2] + rim)
-    wider = Image.fromarray(_padded(pixels, rim, fill))
     resample = Image.Resampling[interpolation.upper()]
-    return np.asarray(wider.transform((width, height), Image.Transform.AFFINE, shifted, resample))
+    channels = [  # as floats, because Pillow cuts the fractions of bytes off instead of rounding them
+        np.asarray(Image.fromarray(channel).transform((width, height), Image.Transform.AFFINE, shifted, resample))
+        for channel in np.moveaxis(_padded(pixels, rim, fill), 2, 0).astype(np.float32)
+    ]
+    return np.rint(np.stack(channels, axis=2)).clip(0, 255).astype(np.uint8)
 
 
 def _source(transform: Transform, amount: float, height: int, width: int) -> tuple[Row, Row]:
