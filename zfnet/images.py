@@ -58,6 +58,12 @@ class Crop:
         across = self.image_width / self.resized_width
         return ((self.top + top) * down, (self.left + left) * across, height * down, width * across)
 
+    def from_original(self, top: float, left: float, height: float = 0, width: float = 0) -> tuple[float, ...]:
+        """The inverse of `to_original`; a box or, without a size, a point. It may leave the crop."""
+        down = self.resized_height / self.image_height
+        across = self.resized_width / self.image_width
+        return (top * down - self.top, left * across - self.left, height * down, width * across)
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Preprocessing:

@@ -83,7 +83,7 @@ class Config:
         if len(set(self.sizes)) < len(self.sizes):
             raise RunError(f"--occluder-px is {' '.join(self.occluder_px)}: give each size once")
         if self.fill not in ("mean", "blur"):
-            _colour(self.fill)
+            colour(self.fill)
         if self.keys and self.label is not None:
             raise RunError("--keys and --label were both given: choose images by one of them")
 
@@ -95,11 +95,11 @@ def _size(text: str) -> tuple[int, int]:
     return int(height), int(width or height)
 
 
-def _colour(text: str) -> tuple[int, ...]:
-    """Red, green and blue, 0 to 255."""
+def colour(text: str, others: str = "mean or blur") -> tuple[int, ...]:
+    """Red, green and blue, 0 to 255, of an option --fill that takes `others` as well. Raises: RunError."""
     parts = text.split(",")
     if len(parts) not in (1, 3) or not all(part.strip().isdecimal() and int(part) <= 255 for part in parts):
-        raise RunError(f"--fill is {text}: give a grey from 0 to 255, a colour as R,G,B, mean or blur")
+        raise RunError(f"--fill is {text}: give a grey from 0 to 255, a colour as R,G,B, {others}")
     return tuple(int(part) for part in parts) * (3 // len(parts))
 
 
@@ -225,14 +225,14 @@ def map_batch(context: Context, state: None, batch: Batch) -> pa.Table:
     """One image: its maps for every size, and the projection of its strongest cell."""
     (picture,) = batch.pictures
     config: Config = context.config
-    filled, target = _filled(context, batch), _target(context, picture)
+    fill, target = filled(context, batch), target_class(context, picture)
     rows = []
     for grid in grids_of(context):
         try:
             found = sensitivity(
                 context.graph,
                 batch.x[0],
-                filled,
+                fill,
                 grid,
                 target,
                 memory_mb=config.memory_mb,
@@ -246,7 +246,7 @@ def map_batch(context: Context, state: None, batch: Batch) -> pa.Table:
     return pa.concat_tables(rows)
 
 
-def _filled(context: Context, batch: Batch) -> Tensor:
+def filled(context: Context, batch: Batch) -> Tensor:
     """[3, rows, cols]: what the occluder shows, as the network takes it."""
     fill, preprocessing = context.config.fill, context.model.preprocessing
     if fill == "mean":
@@ -255,11 +255,11 @@ def _filled(context: Context, batch: Batch) -> Tensor:
     if fill == "blur":
         shown = blurred(pixels, BLUR_SHARE * preprocessing.crop_px)
     else:
-        shown = torch.tensor(_colour(fill), device=batch.x.device).expand_as(pixels)
+        shown = torch.tensor(colour(fill), device=batch.x.device).expand_as(pixels)
     return preprocessing.normalise(shown[None])[0]
 
 
-def _target(context: Context, picture: Picture) -> int | None:
+def target_class(context: Context, picture: Picture) -> int | None:
     """The label, where the images' classes are the network's own."""
     label = picture.sample.label
     same_classes = context.index.classes == context.model.classes
