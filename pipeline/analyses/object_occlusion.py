@@ -130,7 +130,7 @@ def samples(context: Context, slices: list[str]) -> pa.Table:
     wanted = [names.index(name) for name in config.classes] or range(len(names))
     labels = rows["label"].to_numpy(zero_copy_only=False)
     places = [np.flatnonzero(labels == label)[: config.per_class] for label in wanted]
-    return rows.take(pa.array(np.sort(np.concatenate(places))))
+    return rows.take(pa.array(np.sort(np.concatenate([np.array([], np.int64), *places]))))
 
 
 def expected_rows(context: Context, slice_: str, skipped: set[str]) -> int:
@@ -154,6 +154,8 @@ def map_batch(context: Context, state: None, batch: Batch) -> pa.Table:
     seen, side = support(projection, config.support), Grid.of(size).occluder_px
     inside, outside = (squares_on(places, side, config.places, rng) for places in (seen, ~seen))
     scores, activity = _run(context, picture, layer, feature_map, [*hidden, *inside, *outside])
+    if not (np.isfinite(scores).all() and np.isfinite(activity).all()):
+        raise RunError(f"sample {picture.sample.key!r} gives activations or scores that are not finite numbers")
     clean_class = int(np.argmax(scores[0]))
     target = _target(context, picture, clean_class)
     probability, after = scores[1:, target], activity[1 + len(hidden) :]
