@@ -11,14 +11,16 @@ from pipeline import sweep
 from pipeline.analyses import object_occlusion
 from pipeline.cluster import Workers
 from pipeline.context import Options
+from pipeline.errors import SweepFailed
 from pipeline.runs import Run, RunError
 from pipeline.shards import index_shards
-from tests.conftest import CLASSES, jpeg, load_index
+from tests.conftest import CLASSES, jpeg, load_index, random_model
 from tests.pipeline.exact import assert_same
 from tests.tars import write_tar
 from zfnet import images, models
 from zfnet.boxes import Box, elsewhere, mask
 from zfnet.images import Preprocessing
+from zfnet.tracing import trace
 
 BOXES = {
     "boxed": [{"label": "red", "xyxy": [24, 16, 56, 40]}],
@@ -174,3 +176,21 @@ def test_refusals(config, words):
     with pytest.raises(RunError) as caught:
         object_occlusion.Config(**config)
     assert words in str(caught.value)
+
+
+def test_images_without_labels_and_scores_that_are_not_finite_are_refused(tmp_path, make_run, data):
+    folder = tmp_path / "unlabelled"
+    folder.mkdir()
+    write_tar(folder / "val-000000.tar", [("one", {"jpg": jpeg(np.random.default_rng(0))})])
+    index_shards([str(folder / "val-000000.tar")], str(folder), classes=None, accept_damaged=False)
+    with pytest.raises(RunError, match="there is no image to make object_occlusion of"):
+        occluded(make_run(), folder)
+    network = random_model()
+    with torch.no_grad():
+        network.get_submodule(trace(network, (3, 64, 64)).layers[-1]).bias[1] = torch.inf
+    preprocessing = Preprocessing(resize_px=72, crop_px=64)
+    Run.at(str(tmp_path / "broken")).save_model(
+        network, architecture="zfnet_small", classes=CLASSES, preprocessing=preprocessing, about={}
+    )
+    with pytest.raises(SweepFailed, match="sample 'boxed' gives activations or scores that are not finite"):
+        occluded(tmp_path / "broken", data)
