@@ -1,0 +1,306 @@
+"""Does the network look at the object? Its box hidden, against as much hidden elsewhere (ZFNet section 4.2).
+
+A row for each image. Where the sample has a box of its class (`boxes` in its json): the probability of the class with
+the box under grey, and with as many pixels outside it, around places drawn from a seed. Of a box that covers more than
+half of the input only the middle is hidden, as much as lies outside. And for the strongest map of the last convolution:
+how much of its activity is lost to a grey square whose middle lies in the support of the map's projection, against one
+whose middle lies outside.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+import torch
+from torch import Tensor
+
+from pipeline import tables
+from pipeline.analysis import Analysis, Finished
+from pipeline.context import Batch, Context, Picture
+from pipeline.progress import say
+from pipeline.projections import cut_to_image
+from pipeline.runs import Run, RunError
+from pipeline.storage import Location
+from zfnet import deconv
+from zfnet.boxes import Box, Mask, elsewhere, in_crop, mask, shrunk, squares_on, support
+from zfnet.deconv import Cells
+from zfnet.occlusion import Grid
+
+SLICE = "images"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """What decides the content of object_occlusion."""
+
+    classes: tuple[str, ...] = ()
+    """Classes of the images, by name; default all."""
+    per_class: int = 20
+    """At most this many images of each class, in the order of the shards."""
+    places: int = 8
+    """Places elsewhere that are hidden in turn; squares inside the support, and outside."""
+    support: float = 0.5
+    """The support of a projection: the fewest pixels that hold this share of its energy."""
+    grey: int = 124
+    """What hides, 0 to 255, filled in before the mean is subtracted."""
+    seed: int = 0
+    """Seed of the places."""
+    part_size: int = 32
+    """Images of a part, the unit of work and of resume."""
+
+    @property
+    def batch_size(self) -> int:
+        """Images at a time: one, whose occluded copies fill the batch."""
+        return 1
+
+    def __post_init__(self) -> None:
+        for name in ("per_class", "places", "part_size"):
+            if getattr(self, name) < 1:
+                raise RunError(f"--{name.replace('_', '-')} is {getattr(self, name)}: give at least 1")
+        if not 0 < self.support < 1:
+            raise RunError(f"--support is {self.support}: give a share between 0 and 1")
+        if not 0 <= self.grey <= 255:
+            raise RunError(f"--grey is {self.grey}: give a grey from 0 to 255")
+
+
+def _or_null(name: str, kind: pa.DataType, doc: str) -> pa.Field:
+    return tables.column(name, kind, doc, nullable=True)
+
+
+SCHEMA = pa.schema(
+    [
+        tables.MODEL_ID,
+        tables.DATA_ID,
+        tables.KEY,
+        tables.SHARD,
+        tables.LABEL,
+        tables.LABEL_NAME,
+        tables.column("target_class", pa.int32(), "Class whose probability is followed: the label, else clean_class."),
+        tables.column("clean_class", pa.int32(), "Most probable class of the image as it is."),
+        tables.column("clean_probability", pa.float64(), "Probability of target_class for the image as it is."),
+        _or_null("object_top", pa.int32(), "First row of the object's box in input pixels; null where there is none."),
+        _or_null("object_left", pa.int32(), "First column of the object's box."),
+        _or_null("object_height", pa.int32(), "Height of the object's box."),
+        _or_null("object_width", pa.int32(), "Width of the object's box."),
+        _or_null("object_share", pa.float64(), "Share of the input that the box covers."),
+        _or_null("hidden_share", pa.float64(), "Share of the box that is hidden, about its middle."),
+        _or_null("object_probability", pa.float64(), "Probability of target_class with that hidden."),
+        _or_null("object_drop", pa.float64(), "clean_probability - object_probability."),
+        tables.column("places", pa.int32(), "Places elsewhere of as many pixels that were hidden in turn."),
+        _or_null("elsewhere_probability", pa.float64(), "Mean probability of target_class with a place hidden."),
+        _or_null("elsewhere_drop", pa.float64(), "clean_probability - elsewhere_probability; null at 0 places."),
+        tables.LAYER,
+        tables.FEATURE_MAP,
+        tables.column("activity", pa.float64(), "Sum of the strongest map's activations for the image as it is."),
+        tables.column("support_share", pa.float64(), "Share of the input that its projection's support covers."),
+        tables.column("square_px", pa.int32(), "Side of the squares that hide parts of the support, in input pixels."),
+        tables.column("inside", pa.int32(), "Squares with their middle in the support."),
+        tables.column("outside", pa.int32(), "Squares with their middle beside it."),
+        _or_null("inside_drop", pa.float64(), "Mean share of the activity that is lost to a square inside."),
+        _or_null("outside_drop", pa.float64(), "The same of a square outside."),
+    ]
+)
+
+
+def part_schema(config: Config) -> pa.Schema:
+    """Columns of a part: those of the table."""
+    return SCHEMA
+
+
+def slices(context: Context) -> list[str]:
+    """One slice. Raises: RunError for a network without classes, and classes that do not occur."""
+    context.model.require_classes(context.analysis)
+    samples(context, [SLICE])
+    return [SLICE]
+
+
+def samples(context: Context, slices: list[str]) -> pa.Table:
+    """The first images of each class, in index order. Raises: RunError for classes that do not occur."""
+    config: Config = context.config
+    rows, names = context.index.split(context.split), context.index.classes
+    if unknown := [name for name in config.classes if name not in names]:
+        raise RunError(f"there is no class {', '.join(map(repr, unknown))}: give some of {', '.join(names[:20])}")
+    wanted = [names.index(name) for name in config.classes] or range(len(names))
+    labels = rows["label"].to_numpy(zero_copy_only=False)
+    places = [np.flatnonzero(labels == label)[: config.per_class] for label in wanted]
+    return rows.take(pa.array(np.sort(np.concatenate([np.array([], np.int64), *places]))))
+
+
+def expected_rows(context: Context, slice_: str, skipped: set[str]) -> int:
+    """A row for each image that could be read."""
+    return int(samples(context, [slice_]).num_rows) - len(skipped)
+
+
+def map_batch(context: Context, state: None, batch: Batch) -> pa.Table:
+    """One image: what is lost to each occluder. All its copies go through the network together."""
+    (picture,) = batch.pictures
+    config: Config = context.config
+    digest = hashlib.sha256(f"{config.seed} {picture.sample.key}".encode("utf-8", "surrogatepass")).digest()
+    rng = np.random.default_rng(int.from_bytes(digest[:8], "little"))
+    size = context.model.preprocessing.crop_px
+    box = _object(context, picture)
+    part = None if box is None or box.area == size**2 else shrunk(box, size)
+    hidden = []
+    if box is not None and part is not None:
+        hidden = [mask(part, size), *elsewhere(box, part.area, size, config.places, rng)]
+    layer, feature_map, projection = _strongest(context, batch.x)
+    seen, side = support(projection, config.support), Grid.of(size).occluder_px
+    inside, outside = (squares_on(places, side, config.places, rng) for places in (seen, ~seen))
+    scores, activity = _run(context, picture, layer, feature_map, [*hidden, *inside, *outside])
+    if not (np.isfinite(scores).all() and np.isfinite(activity).all()):
+        raise RunError(f"sample {picture.sample.key!r} gives activations or scores that are not finite numbers")
+    clean_class = int(np.argmax(scores[0]))
+    target = _target(context, picture, clean_class)
+    probability, after = scores[1:, target], activity[1 + len(hidden) :]
+    lost = 1 - after / activity[0] if activity[0] else np.full(len(after), np.nan)
+    row = {
+        **context.identity,
+        "key": picture.sample.key,
+        "shard": picture.sample.shard,
+        "label": picture.sample.label,
+        "label_name": context.index.label_name(picture.sample.label),
+        "target_class": target,
+        "clean_class": clean_class,
+        "clean_probability": scores[0, target],
+        **{f"object_{side}": None if box is None else getattr(box, side) for side in Box._fields},
+        "object_share": None if box is None else box.area / size**2,
+        "hidden_share": None if box is None or part is None else part.area / box.area,
+        "object_probability": _mean(probability[:1] if hidden else []),
+        "object_drop": _mean(scores[0, target] - probability[:1] if hidden else []),
+        "places": max(0, len(hidden) - 1),
+        "elsewhere_probability": _mean(probability[1 : len(hidden)]),
+        "elsewhere_drop": _mean(scores[0, target] - probability[1 : len(hidden)]),
+        "layer": layer,
+        "feature_map": feature_map,
+        "activity": activity[0],
+        "support_share": seen.mean(),
+        "square_px": side,
+        "inside": len(inside),
+        "outside": len(outside),
+        "inside_drop": _mean(lost[: len(inside)]),
+        "outside_drop": _mean(lost[len(inside) :]),
+    }
+    return tables.conform({name: [value] for name, value in row.items()}, SCHEMA)
+
+
+def _mean(values: Sequence[float] | npt.NDArray[np.float64]) -> float | None:
+    return float(np.mean(values)) if len(values) and np.isfinite(values).all() else None
+
+
+def _target(context: Context, picture: Picture, clean_class: int) -> int:
+    """The label, where the images' classes are the network's own; else the most probable class."""
+    label = picture.sample.label
+    return label if label is not None and context.index.classes == context.model.classes else clean_class
+
+
+def _object(context: Context, picture: Picture) -> Box | None:
+    """The largest box of the sample's class, in input pixels; None where it has none that lies in the crop."""
+    crop, own = picture.crop, context.index.label_name(picture.sample.label)
+    down, across = crop.resized_height / crop.image_height, crop.resized_width / crop.image_width
+    found = []
+    for left, top, right, bottom in _boxes(picture.sample.members.get("json", b"{}"), own):
+        edges = (top * down - crop.top, left * across - crop.left, bottom * down - crop.top, right * across - crop.left)
+        box = in_crop(edges, crop.size_px)
+        found += [] if box is None else [box]
+    return max(found, key=lambda box: box.area, default=None)
+
+
+def _boxes(text: bytes, label: str | None) -> Iterator[tuple[float, float, float, float]]:
+    """xyxy of the boxes with this label; nothing of what cannot be read."""
+    try:
+        for entry in json.loads(text)["boxes"]:
+            if entry["label"] == label:
+                left, top, right, bottom = (float(edge) for edge in entry["xyxy"])
+                if np.isfinite([left, top, right, bottom]).all() and right > left and bottom > top:
+                    yield left, top, right, bottom
+    except (ValueError, KeyError, TypeError):
+        return
+
+
+def _strongest(context: Context, x: Tensor) -> tuple[str, int, npt.NDArray[np.float32]]:
+    """The last convolution, its map that holds the largest single activation, and that cell's projection in place."""
+    layer = context.graph.last_convolution
+    record = deconv.record(context.graph, x, [layer])
+    maps = record.activation(layer)[0]
+    feature_map, cell = divmod(int(maps.flatten().argmax()), maps[0].numel())
+    row, col = divmod(cell, maps.shape[2])
+    where = Cells(*(torch.tensor([place], device=x.device) for place in (0, feature_map, row, col)))
+    projected = deconv.project(record, layer, where)
+    window = projected.pixels[0].cpu().numpy()
+    pixels, (top, left, height, width) = cut_to_image(context, window, int(projected.top[0]), int(projected.left[0]))
+    whole = np.zeros((*x.shape[2:], 3), np.float32)
+    whole[top : top + height, left : left + width] = pixels
+    return layer, feature_map, whole
+
+
+def _run(
+    context: Context, picture: Picture, layer: str, feature_map: int, masks: list[Mask]
+) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    """Probabilities [1 + masks, classes] and the map's summed activity, of the image and with each mask under grey."""
+    graph, preprocessing = context.graph, context.model.preprocessing
+    pixels = np.repeat(picture.pixels[None], 1 + len(masks), 0)
+    for number, hidden in enumerate(masks, start=1):
+        pixels[number, hidden] = context.config.grey
+    target = graph.activation_of(layer)
+    values = graph.run(preprocessing.normalise(torch.from_numpy(pixels).to(context.device)), [target, graph.output])
+    scores = values[graph.output].double()
+    probabilities = scores if graph.operations[graph.output].kind == "softmax" else scores.softmax(1)
+    activity = values[target][:, feature_map].double().sum((1, 2))
+    return probabilities.cpu().numpy(), activity.cpu().numpy()
+
+
+def reduce_part(context: Context, results: list[pa.Table]) -> pa.Table:
+    """The rows of a part, in index order."""
+    return pa.concat_tables([SCHEMA.empty_table(), *results])
+
+
+def fold(context: Context, parts: list[Location], slices: list[str]) -> Iterator[Finished]:
+    """One file, in index order."""
+    yield Finished("object_occlusion", SLICE, SCHEMA, (tables.read(part) for part in parts))
+
+
+def report(run: str, name: str | None) -> None:
+    """Say what the finished table shows."""
+    table = "object_occlusion" if name is None else f"object_occlusion-{name}"
+    rows = tables.read(Run.at(run).slice(table, SLICE))
+    boxed = rows.filter(pc.is_valid(rows["elsewhere_drop"]))
+    of = f"{boxed.num_rows} of {rows.num_rows} images have a box of their class"
+    if boxed.num_rows:
+        drops = [_average(boxed, column) for column in ("object_drop", "elsewhere_drop", "clean_probability")]
+        share = _average(boxed, "hidden_share")
+        of += (
+            f": hiding it (on average {share:.0%} of it) costs {drops[0]:.3f} of a probability of {drops[2]:.3f}, "
+            f"as much elsewhere {drops[1]:.3f}"
+        )
+    both = rows.filter(pc.and_(pc.is_valid(rows["inside_drop"]), pc.is_valid(rows["outside_drop"])))
+    if both.num_rows:
+        inside, outside = (_average(both, column) for column in ("inside_drop", "outside_drop"))
+        of += f". The strongest map loses {inside:.1%} to a square in its projection's support, {outside:.1%} beside it"
+    say(f"{table}: {of}")
+
+
+def _average(rows: pa.Table, column: str) -> float:
+    return float(pc.mean(rows[column]).as_py())
+
+
+ANALYSIS = Analysis(
+    table="object_occlusion",
+    tables=("object_occlusion",),
+    module=__name__,
+    part_schema=part_schema,
+    slices=slices,
+    samples=samples,
+    map_batch=map_batch,
+    reduce_part=reduce_part,
+    fold=fold,
+    forwards=lambda context: 2 + 3 * int(context.config.places) + 1,
+    expected_rows=expected_rows,
+    selects=(),
+)
