@@ -59,7 +59,8 @@ def altered(
         np.asarray(Image.fromarray(channel).transform((width, height), Image.Transform.AFFINE, shifted, resample))
         for channel in np.moveaxis(_padded(pixels, rim, fill), 2, 0).astype(np.float32)
     ]
-    return np.rint(np.stack(channels, axis=2)).clip(0, 255).astype(np.uint8)
+    resampled: Pixels = np.rint(np.stack(channels, axis=2)).clip(0, 255).astype(np.uint8)
+    return resampled
 
 
 def _source(transform: Transform, amount: float, height: int, width: int) -> tuple[Row, Row]:
