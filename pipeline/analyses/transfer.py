@@ -43,21 +43,27 @@ class Config:
     """Draws of the images."""
     test_images: int = 50
     """Images to test on, of each class at most."""
-    c: float = 10.0
-    """Weight of the images' losses against the penalty on the weights (scikit-learn's C)."""
+    softmax_c: float = 10.0
+    """Weight of the images' losses against the penalty on the weights (scikit-learn's C), for softmax."""
+    svm_c: float = 1.0
+    """The same for svm."""
     seed: int = 0
     """Decides the draws, with the fold."""
     duplicates: str | None = None
     """Table of images to leave out: transfer_duplicates, or transfer_duplicates-NAME; default none."""
 
     def __post_init__(self) -> None:
-        for name in ("folds", "test_images", "c"):
+        for name in ("folds", "test_images", "softmax_c", "svm_c"):
             if not getattr(self, name) > 0:
                 raise RunError(f"--{name.replace('_', '-')} is {getattr(self, name)}: give a number above 0")
         if not self.images_per_class or min(self.images_per_class) < 1:
             raise RunError(f"--images-per-class is {self.images_per_class}: give numbers from 1 on")
         if not self.classifiers:
             raise RunError("no --classifiers: give softmax, svm or both")
+
+    def c(self, classifier: Classifier) -> float:
+        """Of this classifier."""
+        return self.softmax_c if classifier == "softmax" else self.svm_c
 
 
 _DOUBLES = pa.list_(pa.float64())
@@ -160,7 +166,7 @@ def make(context: Context, layer: str) -> Iterator[pa.Table]:
             train = draw.train(per_class)
             given, tested = transfer.scaled(data.features[train], data.features[draw.test])
             for name, results in found.items():
-                classifier, converged = transfer.fitted(name, config.c, given, data.labels[train])
+                classifier, converged = transfer.fitted(name, config.c(name), given, data.labels[train])
                 right = transfer.class_accuracies(classifier.predict(tested), data.labels[draw.test])
                 results.append((right, converged, len(draw.test)))
         for name, results in found.items():
@@ -188,7 +194,7 @@ def _row(
         "values": data.features.shape[1],
         "test_images": results[0][2],
         "duplicates": data.duplicates,
-        "c": context.config.c,
+        "c": context.config.c(classifier),
     }
     about = "" if spread is None else f" +- {100 * spread:.1f}"
     say(f"{context.table}: {layer}, {classifier}, {per_class} a class: {100 * row['accuracy']:.1f}{about} %")

@@ -71,7 +71,7 @@ def described(make_run, tmp_path):
     return run
 
 
-def by_definition(run, layer, classifier, per_class, most, folds, c=10.0):
+def by_definition(run, layer, classifier, per_class, most, folds):
     """Mean per-class accuracy of each fold, by scikit-learn's own scaling; the draw as it is documented."""
     frame = pd.read_parquet(run / "results" / "features").query("layer == @layer").dropna(subset="label")
     frame = frame.sort_values(["split", "key"])
@@ -85,7 +85,7 @@ def by_definition(run, layer, classifier, per_class, most, folds, c=10.0):
             test += order[most:].tolist()
         scale = StandardScaler().fit(x[train])
         given, asked = (scale.transform(x[some]) / np.sqrt(x.shape[1]) for some in (train, test))
-        fit = LogisticRegression(C=c, tol=1e-6, max_iter=5000) if classifier == "softmax" else LinearSVC(C=c, tol=1e-6)
+        fit = LogisticRegression(C=10, tol=1e-6, max_iter=5000) if classifier == "softmax" else LinearSVC(C=1, tol=1e-6)
         found.append(balanced_accuracy_score(y[test], fit.fit(given, y[train]).predict(asked)))
     return found
 
@@ -104,6 +104,7 @@ def test_accuracies_are_scikit_learns_on_the_same_images(described, layer):
         assert row.class_accuracy.mean() == pytest.approx(row.accuracy)
     assert (frame.test_images == 27 - 3 * 5).all()
     assert frame.converged.all()
+    assert frame.c.tolist() == [10.0, 1.0] * 2
     assert (frame["values"] == {"conv2": 64, "fc6": 512}[layer]).all()
     assert (frame.accuracy > 0.33).all()
     assert frame.accuracy.min() < 1
@@ -198,8 +199,8 @@ def test_the_same_command_gives_the_same_bits(described, tmp_path):
     run_transfer(described)
     run_transfer(other)
     assert_same(described, other, "transfer")
-    with pytest.raises(RunError, match=r"c: finished with 10.0, asked 1.0.+--name"):
-        run_transfer(described, c=1.0)
+    with pytest.raises(RunError, match=r"svm_c: finished with 1.0, asked 2.0.+--name"):
+        run_transfer(described, svm_c=2.0)
 
 
 @pytest.mark.parametrize(
@@ -207,7 +208,8 @@ def test_the_same_command_gives_the_same_bits(described, tmp_path):
     [
         ({"folds": 0}, "--folds is 0"),
         ({"test_images": 0}, "--test-images is 0"),
-        ({"c": -1.0}, "--c is -1"),
+        ({"softmax_c": -1.0}, "--softmax-c is -1"),
+        ({"svm_c": 0.0}, "--svm-c is 0"),
         ({"images_per_class": ()}, "--images-per-class is"),
         ({"classifiers": ()}, "no --classifiers"),
     ],
