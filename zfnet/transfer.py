@@ -105,3 +105,17 @@ def class_accuracies(predicted: npt.NDArray[Any], labels: npt.NDArray[Any]) -> F
     _, place = np.unique(labels, return_inverse=True)
     found: Floats = np.bincount(place, weights=predicted == labels) / np.bincount(place)
     return found
+
+
+def average_precision(scores: Floats, positive: npt.NDArray[np.bool_]) -> float:
+    """PASCAL's since 2010: the area under precision over recall, precision being the best at that recall or above.
+
+    Images with one score count together, so that their order does not matter. NaN where nothing is positive.
+    """
+    if not positive.any():
+        return float("nan")
+    order = np.argsort(-scores, kind="stable")
+    last = np.flatnonzero(np.diff(scores[order], append=np.nan) != 0)  # of each score
+    found = np.cumsum(positive[order])[last]
+    precision = np.maximum.accumulate((found / (last + 1))[::-1])[::-1]
+    return float((np.diff(found, prepend=0) * precision).sum() / positive.sum())
