@@ -32,7 +32,7 @@ def nearest(
     Args:
         queries: [Q, D].
         numbers: [Q] of the queries; nothing is its own neighbour.
-        gallery: vectors [G, D] with their numbers [G], so many at a time as memory should hold; each number once.
+        gallery: vectors [G, D] with their numbers [G], so many at a time that memory holds [Q, G]; each number once.
         k: neighbours wanted.
 
     Returns: Euclidean distances [Q, k] and numbers [Q, k]; infinity and NONE where the gallery holds fewer.

@@ -20,6 +20,9 @@ from pipeline.runs import RunError
 BLOCK_BYTES = 2**26
 """Of features that are read at once."""
 
+BLOCK_IMAGES = 2048
+"""That are read at once, at most: two blocks are compared pair by pair."""
+
 _SAMPLE = ("data_id", "split", "key", "shard", "label", "label_name", "box_labels")
 
 
@@ -51,16 +54,14 @@ class Vectors:
         return pa.concat_tables(tables.read(file, list(_SAMPLE)) for file in files)
 
     def blocks(self) -> Iterator[npt.NDArray[np.float32]]:
-        """The features as [images, values], so many images at a time as BLOCK_BYTES hold."""
+        """The features as [images, values], as many images at a time as BLOCK_IMAGES and BLOCK_BYTES allow."""
         for split in self.splits:
             location = self.context.run.slice(self.table, self._slice(split))
-            for first in tables.stream(location, ["features"], 1):
-                values = matrix(first["features"]).nbytes
-                break
-            else:
-                continue
-            for some in tables.stream(location, ["features"], max(1, BLOCK_BYTES // values)):
-                yield matrix(some["features"])
+            first = next(tables.stream(location, ["features"], 1), None)
+            if first is not None:
+                together = max(1, min(BLOCK_IMAGES, BLOCK_BYTES // matrix(first["features"]).nbytes))
+                for some in tables.stream(location, ["features"], together):
+                    yield matrix(some["features"])
 
 
 def in_order(images: pa.Table) -> npt.NDArray[np.int64]:
