@@ -159,7 +159,9 @@ def make(context: Context, layer: str) -> Iterator[pa.Table]:
             for fold in range(config.folds)
         ]
     except TooFewImages as error:
-        raise RunError(f"--images-per-class {max(config.images_per_class)}: {error}, or leave the class out") from None
+        raise RunError(
+            f"--images-per-class {max(config.images_per_class)}: {error}, or give shards without the class"
+        ) from None
     for per_class in sorted(set(config.images_per_class)):
         found: dict[Classifier, list[Any]] = {name: [] for name in config.classifiers}
         for draw in draws:
