@@ -1,4 +1,4 @@
-"""How well fixed features transfer: a new linear classifier on N images a class (ZFNet section 5.2, tables 4, 5, 7).
+"""How well fixed features transfer: a new linear classifier on N images a class (ZFNet sections 5.2, 5.3).
 
 The paper keeps layers 1 to 7 and trains a softmax, or a linear SVM, on 15 or 30 images a class of another data set,
 tests on up to 50 others of each class, and reports the mean of the classes' accuracies over 5 folds. It does not say

@@ -1,4 +1,4 @@
-"""Images with several classes each, by PASCAL's protocol: a softmax and the average precision (ZFNet section 5.3).
+"""Images with several classes each, by PASCAL's protocol: a softmax and the average precision (ZFNet section 5.2).
 
 The paper trains a softmax over PASCAL's 20 classes on fixed features, which names one class exclusively, and ranks the
 test images by each class's probability. The classes of an image are those of the boxes in its json, its own class

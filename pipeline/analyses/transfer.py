@@ -1,4 +1,4 @@
-"""Do the features of a layer transfer: a new linear classifier on N images a class (ZFNet section 5.2, tables 4, 5, 7).
+"""Do the features of a layer transfer: a new linear classifier on N images a class (ZFNet sections 5.2, 5.3).
 
 A row for each layer, classifier and N. The images of all splits are drawn anew for each fold: the largest N of each
 class to train on, and up to --test-images of the others to test on, the same ones for every N. Images that
