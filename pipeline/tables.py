@@ -193,8 +193,8 @@ def read_equal(location: Location, columns: list[str], name: str, value: str) ->
     return rows.filter(pc.equal(rows[name], value)).select(columns)
 
 
-def stream(location: Location, columns: list[str]) -> Iterator[pa.Table]:
-    """The rows of a Parquet file in order, some thousands at a time. Raises: FileNotFoundError."""
+def stream(location: Location, columns: list[str], rows: int | None = None) -> Iterator[pa.Table]:
+    """The rows of a Parquet file in order, some thousands or `rows` at a time. Raises: FileNotFoundError."""
     with location.open() as file:
-        for batch in pq.ParquetFile(file).iter_batches(_STREAMED_ROWS, columns=columns):
+        for batch in pq.ParquetFile(file).iter_batches(rows or _STREAMED_ROWS, columns=columns):
             yield pa.Table.from_batches([batch])
