@@ -256,7 +256,7 @@ def test_the_wrong_model_for_a_run_is_refused(world, run):
     refused(sweep("top9", run, world / "data"), "finished with another configuration", "model_id", "give --name X")
     refused(sweep("deconv", run, world / "data"), "model")
     (run / weights).write_bytes(b"junk")
-    refused(sweep("top9", run, world / "data"), "cannot be loaded", "train again into another --run")
+    refused(sweep("top9", run, world / "data"), "cannot be loaded", "train or import again into another --run")
 
 
 # --------------------------------------------------------------------------------------------------- unwritable output
