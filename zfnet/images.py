@@ -124,8 +124,8 @@ class Preprocessing:
             x = x.flip(-1)
         if self.maximum != 255.0:
             x *= self.maximum / 255.0
-        x -= _of_each_pixel(self._mean(pixels.device, top, left), self.crop_px)
-        x /= _of_each_pixel(self.std.to(pixels.device), self.crop_px)
+        x -= _of_each_pixel(self._mean(pixels.device, top, left), pixels.shape[1])
+        x /= _of_each_pixel(self.std.to(pixels.device), pixels.shape[1])
         return x.permute(0, 3, 1, 2)
 
     def _mean(self, device: torch.device, top: Tensor | None, left: Tensor | None) -> Tensor:

@@ -360,7 +360,7 @@ def test_an_interrupted_sweep_goes_on_where_it_stopped(make_run, make_shards, tm
     run_top9(undisturbed, data)
     with monkeypatch.context() as patch:
         break_after(patch, 3)
-        with pytest.raises(SweepFailed, match=r"(?s)the power went.+4 of 7 parts are not done"):
+        with pytest.raises(SweepFailed, match=r"(?s)the power went.+[45] of 7 parts are not done"):  # two at once
             run_top9(run, data)
     assert not (run / "results").exists()
     done = [int(path.stem[5:]) for path in (run / "unfinished" / "top9").glob("*/parts/*")]
