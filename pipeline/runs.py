@@ -224,6 +224,13 @@ def require_name(name: str | None) -> None:
         raise RunError(f"--name is {name!r}: give letters, digits, '.', '_' and '-', a letter or digit first")
 
 
+def require_at_least_one(config: Any, *names: str) -> None:
+    """Each of these options must be 1 or more. Raises: RunError."""
+    for name in names:
+        if getattr(config, name) < 1:
+            raise RunError(f"--{name.replace('_', '-')} is {getattr(config, name)}: give at least 1")
+
+
 def file_stem(name: str) -> str:
     """A file name (without its end) that stands for any text: the same one always, and none twice.
 

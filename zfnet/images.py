@@ -58,7 +58,9 @@ class Crop:
         across = self.image_width / self.resized_width
         return ((self.top + top) * down, (self.left + left) * across, height * down, width * across)
 
-    def from_original(self, top: float, left: float, height: float = 0, width: float = 0) -> tuple[float, ...]:
+    def from_original(
+        self, top: float, left: float, height: float = 0, width: float = 0
+    ) -> tuple[float, float, float, float]:
         """The inverse of `to_original`; a box or, without a size, a point. It may leave the crop."""
         down = self.resized_height / self.image_height
         across = self.resized_width / self.image_width

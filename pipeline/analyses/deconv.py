@@ -22,7 +22,7 @@ from pipeline import tables
 from pipeline.analysis import Analysis, Finished
 from pipeline.context import Batch, Context, Picture
 from pipeline.projections import SEMANTICS_COLUMNS, cut_to_image, png, projection_columns, semantics_columns, stored
-from pipeline.runs import RunError
+from pipeline.runs import RunError, require_at_least_one
 from pipeline.storage import Location
 from zfnet import deconv
 from zfnet.deconv import Cells, Projections, Semantics
@@ -53,9 +53,7 @@ class Config:
     """Megabytes that windows on their way to the pixels take together, beside the images' own forward pass."""
 
     def __post_init__(self) -> None:
-        for name in ("part_size", "batch_size", "memory_mb"):
-            if getattr(self, name) < 1:
-                raise RunError(f"--{name.replace('_', '-')} is {getattr(self, name)}: give at least 1")
+        require_at_least_one(self, "part_size", "batch_size", "memory_mb")
 
 
 def schema(config: Config) -> pa.Schema:

@@ -23,7 +23,7 @@ from pipeline import tables
 from pipeline.analysis import Analysis, Finished
 from pipeline.context import Context, Options, read
 from pipeline.progress import say
-from pipeline.runs import Model, Run, RunError
+from pipeline.runs import Model, Run, RunError, require_at_least_one
 from pipeline.shards import Sample, Skipped, with_label
 from pipeline.storage import Location
 from zfnet import evaluation, images
@@ -50,9 +50,7 @@ class Config:
     """Images that go through a network together, one view at a time."""
 
     def __post_init__(self) -> None:
-        for name in ("part_size", "batch_size"):
-            if getattr(self, name) < 1:
-                raise RunError(f"--{name.replace('_', '-')} is {getattr(self, name)}: give at least 1")
+        require_at_least_one(self, "part_size", "batch_size")
 
 
 _WITH_MODEL_IDS = tables.column(

@@ -20,7 +20,7 @@ from torch import Tensor
 from pipeline import tables
 from pipeline.analysis import Analysis, Finished
 from pipeline.context import Batch, Context, Picture
-from pipeline.runs import RunError
+from pipeline.runs import RunError, require_at_least_one
 from pipeline.storage import Location
 from zfnet.activations import NotFinite
 
@@ -45,9 +45,7 @@ class Config:
     def __post_init__(self) -> None:
         if not self.max_gb > 0:
             raise RunError(f"--max-gb is {self.max_gb}: give gigabytes above 0")
-        for name in ("part_size", "batch_size"):
-            if getattr(self, name) < 1:
-                raise RunError(f"--{name.replace('_', '-')} is {getattr(self, name)}: give at least 1")
+        require_at_least_one(self, "part_size", "batch_size")
 
 
 SPLIT = tables.column("split", pa.string(), "Split of the shards that holds the sample.")

@@ -25,7 +25,7 @@ from pipeline import tables
 from pipeline.analyses import maxima
 from pipeline.analyses.maxima import Block, Images
 from pipeline.derive import Context, Derivation
-from pipeline.runs import RunError
+from pipeline.runs import RunError, require_at_least_one
 from zfnet.receptive import receptive_field
 
 _ROWS_TOGETHER = 2**18
@@ -53,8 +53,7 @@ class Config:
     """Choose among the images of each class instead of among all."""
 
     def __post_init__(self) -> None:
-        if self.k < 1:
-            raise RunError(f"--k is {self.k}: give at least 1")
+        require_at_least_one(self, "k")
         for share in self.quantiles:
             if not 0 < share <= 1:
                 raise RunError(f"--quantiles has {share}: give shares above 0, at most 1")

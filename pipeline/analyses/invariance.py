@@ -18,7 +18,7 @@ from pipeline import tables
 from pipeline.analyses.occlusion import colour, samples, target_class
 from pipeline.analysis import Analysis, Finished
 from pipeline.context import Batch, Context, Picture
-from pipeline.runs import RunError
+from pipeline.runs import RunError, require_at_least_one
 from pipeline.storage import Location
 from zfnet.activations import NotFinite
 from zfnet.features import first_layer, last_hidden_layer
@@ -77,9 +77,7 @@ class Config:
         return [(name, amount) for name in self.transforms for amount in of.get(name, self.translations_px)]
 
     def __post_init__(self) -> None:
-        for name in ("first", "part_size", "copies"):
-            if getattr(self, name) < 1:
-                raise RunError(f"--{name.replace('_', '-')} is {getattr(self, name)}: give at least 1")
+        require_at_least_one(self, "first", "part_size", "copies")
         for name in ("layers", "transforms", "translations_px", "scales", "rotations_deg"):
             given = getattr(self, name)
             if len(set(given)) < len(given):

@@ -26,7 +26,7 @@ from pipeline.analysis import Analysis, Finished
 from pipeline.context import Batch, Context, Picture
 from pipeline.progress import say
 from pipeline.projections import cut_to_image
-from pipeline.runs import Run, RunError
+from pipeline.runs import Run, RunError, require_at_least_one
 from pipeline.storage import Location
 from zfnet import deconv
 from zfnet.boxes import Box, Mask, elsewhere, in_crop, mask, shrunk, squares_on, support
@@ -61,9 +61,7 @@ class Config:
         return 1
 
     def __post_init__(self) -> None:
-        for name in ("per_class", "places", "part_size"):
-            if getattr(self, name) < 1:
-                raise RunError(f"--{name.replace('_', '-')} is {getattr(self, name)}: give at least 1")
+        require_at_least_one(self, "per_class", "places", "part_size")
         if not 0 < self.support < 1:
             raise RunError(f"--support is {self.support}: give a share between 0 and 1")
         if not 0 <= self.grey <= 255:
@@ -203,11 +201,10 @@ def _target(context: Context, picture: Picture, clean_class: int) -> int:
 def _object(context: Context, picture: Picture) -> Box | None:
     """The largest box of the sample's class, in input pixels; None where it has none that lies in the crop."""
     crop, own = picture.crop, context.index.label_name(picture.sample.label)
-    down, across = crop.resized_height / crop.image_height, crop.resized_width / crop.image_width
     found = []
     for left, top, right, bottom in _boxes(picture.sample.members.get("json", b"{}"), own):
-        edges = (top * down - crop.top, left * across - crop.left, bottom * down - crop.top, right * across - crop.left)
-        box = in_crop(edges, crop.size_px)
+        corners = crop.from_original(top, left)[:2] + crop.from_original(bottom, right)[:2]
+        box = in_crop(corners, crop.size_px)
         found += [] if box is None else [box]
     return max(found, key=lambda box: box.area, default=None)
 

@@ -21,7 +21,7 @@ from pipeline import tables
 from pipeline.analysis import Analysis, Finished
 from pipeline.context import Batch, Context, Picture
 from pipeline.projections import SEMANTICS_COLUMNS, cut_to_image, png, projection_columns, semantics_columns, stored
-from pipeline.runs import RunError
+from pipeline.runs import RunError, require_at_least_one
 from pipeline.storage import Location
 from zfnet import deconv
 from zfnet.deconv import Cells, Semantics
@@ -75,9 +75,7 @@ class Config:
         return [_size(text) for text in self.occluder_px] or [None]
 
     def __post_init__(self) -> None:
-        for name in ("first", "part_size", "memory_mb"):
-            if getattr(self, name) < 1:
-                raise RunError(f"--{name.replace('_', '-')} is {getattr(self, name)}: give at least 1")
+        require_at_least_one(self, "first", "part_size", "memory_mb")
         if not 0 <= self.refine <= 1:
             raise RunError(f"--refine is {self.refine}: give a share from 0 to 1; 1 is exact")
         if len(set(self.sizes)) < len(self.sizes):

@@ -21,7 +21,7 @@ from pipeline.analyses.features import SPLIT
 from pipeline.analyses.vectors import Vectors
 from pipeline.derive import Context, Derivation
 from pipeline.progress import say
-from pipeline.runs import RunError
+from pipeline.runs import require_at_least_one
 from zfnet.neighbours import NONE, nearest
 
 
@@ -41,8 +41,7 @@ class Config:
     """Neighbours of an image; the paper shows six."""
 
     def __post_init__(self) -> None:
-        if self.k < 1:
-            raise RunError(f"--k is {self.k}: give at least 1")
+        require_at_least_one(self, "k")
 
 
 SCHEMA = pa.schema(

@@ -27,7 +27,7 @@ from pipeline.analysis import Analysis, Finished
 from pipeline.context import Batch, Context, Picture
 from pipeline.progress import say
 from pipeline.projections import cut_to_image
-from pipeline.runs import Run, RunError
+from pipeline.runs import Run, RunError, require_at_least_one
 from pipeline.storage import Location
 from zfnet import deconv
 from zfnet.deconv import Cells, Semantics
@@ -73,9 +73,7 @@ class Config:
         return SEMANTICS
 
     def __post_init__(self) -> None:
-        for name in ("ranks", "part_size", "batch_size", "memory_mb"):
-            if getattr(self, name) < 1:
-                raise RunError(f"--{name.replace('_', '-')} is {getattr(self, name)}: give at least 1")
+        require_at_least_one(self, "ranks", "part_size", "batch_size", "memory_mb")
         if not 0 <= self.grey <= 255:
             raise RunError(f"--grey is {self.grey}: give a grey from 0 to 255")
 

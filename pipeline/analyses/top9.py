@@ -21,7 +21,7 @@ from pipeline import tables
 from pipeline.analysis import Analysis, Finished, fold_tree
 from pipeline.context import Batch, Context
 from pipeline.progress import say
-from pipeline.runs import RunError
+from pipeline.runs import RunError, require_at_least_one
 from pipeline.storage import Location
 from zfnet.activations import NONE, Statistics, Strongest, TopK, edges, strongest
 from zfnet.graph import UnknownLayer
@@ -51,9 +51,7 @@ class Config:
     def __post_init__(self) -> None:
         if not self.maxima_gb >= 0:
             raise RunError(f"--maxima-gb is {self.maxima_gb}: give 0 or more gigabytes")
-        for name in ("k", "part_size", "batch_size"):
-            if getattr(self, name) < 1:
-                raise RunError(f"--{name.replace('_', '-')} is {getattr(self, name)}: give at least 1")
+        require_at_least_one(self, "k", "part_size", "batch_size")
 
 
 TOP9 = pa.schema([tables.MODEL_ID, tables.DATA_ID, *tables.CELL])
