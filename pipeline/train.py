@@ -47,20 +47,20 @@ class Options:
     """Folder of the shards' index, where it is not in the folder of the shards."""
     architecture: str = "zfnet_small"
     """Network, by name."""
-    preset: Literal["zfnet", "alexnet", "small"] | None = None
+    preset: Literal["zfnet", "alexnet", "overfeat", "small"] | None = None
     """Recipe that the following options change: a paper's, or one for small networks; default the network's own."""
     epochs: int | None = None
     """Passes over the training images."""
     batch: int | None = None
     """Images of a step, over all workers."""
     lr: float | None = None
-    """Learning rate: the first, or under the cosine schedule the highest."""
+    """Learning rate: under the cosine schedule the highest, else the first."""
     weight_decay: float | None = None
     """Pull of every weight to zero."""
     init: Initialisation | None = None
     """First weights: the paper's N(0, 0.01), or He's."""
     schedule: Schedule | None = None
-    """Learning rate over time: divided at plateaus, as in the papers, or a cosine."""
+    """Learning rate over time: divided at plateaus (AlexNet, ZFNet) or after given epochs (OverFeat), or a cosine."""
     dropout: float | None = None
     """Probability that a hidden unit is dropped; default the network's own."""
     colour: Colour | None = None

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from zfnet.activations import NotFinite
 from zfnet.graph import Graph
+from zfnet.models.layers import is_convolution
 
 
 def first_layer(graph: Graph) -> str:
@@ -36,7 +37,7 @@ def last_hidden_layer(graph: Graph, classes: bool) -> str:
 def last_hidden_convolution(graph: Graph, classes: bool) -> str:
     """The last convolution that the last hidden layer depends on, or is. Raises: ValueError where there is none."""
     layers = _layers(graph, graph.activation_of(last_hidden_layer(graph, classes)))
-    convolutions = [layer for layer in layers if graph[layer].kind == "conv"]
+    convolutions = [layer for layer in layers if is_convolution(graph[layer].module)]
     if not convolutions:
         raise ValueError("this network has no convolution before its classes: name the layers to compare")
     return convolutions[-1]

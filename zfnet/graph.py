@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from zfnet.models.layers import is_convolution
+
 Pair = tuple[int, int]
 
 
@@ -135,9 +137,12 @@ class Graph:
 
     @property
     def last_convolution(self) -> str:
-        """Name of the last convolution that the output depends on; UnknownLayer where there is none."""
+        """Name of the last convolution that the output depends on; UnknownLayer where there is none.
+
+        Fully connected layers in the form of convolutions (OverFeat's) do not count.
+        """
         needed = set(self.ancestors([self.output]))
-        convolutions = [n for n in self.layers if n in needed and isinstance(self[n].module, nn.Conv2d)]
+        convolutions = [n for n in self.layers if n in needed and is_convolution(self[n].module)]
         if not convolutions:
             raise UnknownLayer("this network has no convolution; the analysis expects a convolutional network")
         return convolutions[-1]

@@ -14,8 +14,10 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from zfnet.models.layers import is_convolution
+
 Initialisation = Literal["paper", "he"]
-Schedule = Literal["plateau", "cosine"]
+Schedule = Literal["plateau", "epochs", "cosine"]
 Colour = Literal["none", "paper", "cuda-convnet"]
 Precision = Literal["float32", "bf16", "float64"]
 
@@ -38,7 +40,7 @@ class Recipe:
     batch: int = 128
     """Images a step, over all workers together."""
     lr: float = 1e-2
-    """Learning rate: the first under "plateau", the highest under "cosine"."""
+    """Learning rate: the highest under "cosine", else the first."""
     momentum: float = 0.9
     """Share of the last step that a step repeats."""
     weight_decay: float = 5e-4
@@ -53,14 +55,16 @@ class Recipe:
     """Shift of an image's colours along their principal components: none (ZFNet), AlexNet's as printed, or what
     cuda-convnet ran."""
     schedule: Schedule = "plateau"
-    """Learning rate over time: "plateau" divides it when the validation error stops falling, as the papers did by
-    hand; "cosine" falls smoothly to zero."""
+    """Learning rate over time: "plateau" divides it when the validation error stops falling, as AlexNet and ZFNet did
+    by hand; "epochs" divides it after given epochs, as OverFeat; "cosine" falls smoothly to zero."""
     patience: int = 5
     """Under "plateau": epochs without a lower validation error before the division. The papers state none."""
     factor: float = 0.1
-    """Under "plateau": what the learning rate is multiplied by. AlexNet Sec. 5: 0.1."""
+    """Under "plateau" and "epochs": what the learning rate is multiplied by. AlexNet Sec. 5: 0.1, OverFeat 3.1: 0.5."""
     divisions: int = 3
     """Under "plateau": how often at most. AlexNet Sec. 5: three times."""
+    divide_after: tuple[int, ...] = ()
+    """Under "epochs": the numbers of epochs, from 1, after which the learning rate is multiplied."""
     warmup: float = 0.0
     """Under "cosine": share of all steps in which the rate climbs from zero."""
     smallest_crop: float | None = None
@@ -86,30 +90,48 @@ class Recipe:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected 0 or more, and less than 1")
         if self.dropout is not None and not 0 <= self.dropout < 1:
             raise ValueError(f"dropout is {self.dropout}; expected 0 or more, and less than 1")
-        for name, words in _WORDS.items():
-            if getattr(self, name) not in get_args(words):
-                raise ValueError(f"{name} is {getattr(self, name)!r}; expected one of {', '.join(get_args(words))}")
+        self._check_words()
         if self.smallest_crop is not None and not 0 < self.smallest_crop <= 1:
             raise ValueError(f"smallest_crop is {self.smallest_crop}; expected a share above 0 and at most 1")
         if self.renormalise is not None and self.renormalise <= 0:
             raise ValueError(f"renormalise is {self.renormalise}; expected a radius above 0, or None for no limit")
 
+    def _check_words(self) -> None:
+        for name, words in _WORDS.items():
+            if getattr(self, name) not in get_args(words):
+                raise ValueError(f"{name} is {getattr(self, name)!r}; expected one of {', '.join(get_args(words))}")
+        if self.schedule == "epochs" and not self.divide_after:
+            raise ValueError(
+                "schedule is 'epochs' and divide_after names none; give the epochs, or the preset overfeat"
+            )
+
 
 PRESETS = {
     "zfnet": Recipe(),
     "alexnet": Recipe(epochs=90, ones=ALEXNET_ONES, colour="paper", renormalise=None),
+    # OverFeat 3.1, which says neither the biases nor how many epochs there are: some after the last division at 80.
+    "overfeat": Recipe(
+        epochs=90,
+        lr=5e-2,
+        momentum=0.6,
+        weight_decay=1e-5,
+        schedule="epochs",
+        factor=0.5,
+        divide_after=(30, 50, 60, 70, 80),
+        renormalise=None,
+    ),
     # Small data needs more steps than epochs of 128 give, and N(0, 0.01) lets narrow layers swallow the signal. Reaches
     # 99 % on the rendered validation images after some 200 s of CPU time.
     "small": Recipe(epochs=28, batch=32, init="he", schedule="cosine", warmup=0.05),
 }
-"""Recipes by name: Sec. 3 of ZFNet, Sec. 4 and 5 of AlexNet, and one for small networks and data."""
+"""Recipes by name: Sec. 3 of ZFNet, Sec. 4 and 5 of AlexNet, 3.1 of OverFeat, and one for small networks and data."""
 
 
 def preset_of(architecture: str) -> str:
     """Name of the preset that a network is trained with if none is given."""
-    if architecture.startswith(("zfnet_small", "alexnet_small")):
+    if architecture.startswith(("zfnet_small", "alexnet_small", "overfeat_fast_small", "overfeat_accurate_small")):
         return "small"
-    return "alexnet" if architecture.startswith("alexnet") else "zfnet"
+    return next((paper for paper in ("alexnet", "overfeat") if architecture.startswith(paper)), "zfnet")
 
 
 def recipe_for(architecture: str) -> Recipe:
@@ -165,7 +187,7 @@ def set_dropout(model: nn.Module, probability: float) -> None:
 
 @torch.no_grad()
 def renormalise_filters(model: nn.Module, radius: float = PAPER_RADIUS) -> None:
-    """Scale every convolution filter whose root mean square exceeds `radius` down to it, in place (ZFNet Sec. 3).
+    """Scale every filter of a convolution layer whose root mean square exceeds `radius` to it, in place (ZFNet Sec. 3).
 
     The mean is over a filter's kernel x kernel x maps_in weights; its bias does not count and is not changed. The
     gradients and the optimiser's momentum stay as they are.
@@ -177,7 +199,7 @@ def renormalise_filters(model: nn.Module, radius: float = PAPER_RADIUS) -> None:
 
 def _filters(model: nn.Module) -> Iterator[Tensor]:
     """Weights of the convolutions, maps x maps_in x kernel x kernel."""
-    return (module.weight for module in model.modules() if isinstance(module, nn.Conv2d))
+    return (module.weight for module in model.modules() if isinstance(module, nn.Conv2d) and is_convolution(module))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -238,6 +260,8 @@ def learning_rate(recipe: Recipe, step: int, steps_per_epoch: int, errors: Seque
         )
     if recipe.schedule == "plateau":
         return recipe.lr * recipe.factor ** plateaus(errors, recipe.patience, recipe.divisions)
+    if recipe.schedule == "epochs":
+        return recipe.lr * recipe.factor ** sum(step >= epochs * steps_per_epoch for epochs in recipe.divide_after)
     return recipe.lr * cosine(step, recipe.epochs * steps_per_epoch, recipe.warmup)
 
 

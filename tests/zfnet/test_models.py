@@ -115,7 +115,9 @@ SUFFIXES = ("no34", "no7", "no67", "no3467", "fc2048", "fc8192", "wide", "wide_f
 
 def test_names_are_the_papers_networks_and_every_row_of_the_architecture_table() -> None:
     varied = ("zfnet", "zfnet_small", "alexnet", "alexnet_small")
-    assert set(models.names()) == {*varied, "alexnet_ungrouped", *(f"{n}_{s}" for n in varied for s in SUFFIXES)}
+    overfeat = {f"overfeat_{model}{size}" for model in ("fast", "accurate") for size in ("", "_small")}
+    rows = {f"{n}_{s}" for n in varied for s in SUFFIXES}
+    assert set(models.names()) == {*varied, "alexnet_ungrouped", *overfeat, *rows}
 
 
 def parameters(name: str) -> int:

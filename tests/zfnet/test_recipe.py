@@ -125,9 +125,9 @@ def test_cosine_climbs_then_falls_to_zero() -> None:
     assert cosine(0, total=1, warmup=0.0) == 1.0
 
 
-@pytest.mark.parametrize("schedule", ["plateau", "cosine"])
+@pytest.mark.parametrize("schedule", ["plateau", "epochs", "cosine"])
 def test_rate_depends_on_the_past_alone_so_that_resume_is_exact(schedule) -> None:
-    recipe = dataclasses.replace(recipe_for("zfnet_small"), schedule=schedule, patience=1)
+    recipe = dataclasses.replace(recipe_for("zfnet_small"), schedule=schedule, patience=1, divide_after=(2, 5))
     errors = [0.9, 0.5, 0.6, 0.4, 0.4]
     straight = [learning_rate(recipe, step, 10, errors[: step // 10]) for step in range(60)]
     resumed = [learning_rate(recipe, step, 10, list(errors[: step // 10])) for step in reversed(range(60))]
@@ -161,6 +161,38 @@ def test_alexnets_recipe_has_its_numbers() -> None:
     assert (alexnet.colour, alexnet.renormalise, alexnet.divisions) == ("paper", None, 3)
     names = ("alexnet", "alexnet_no34", "zfnet", "zfnet_wide", "zfnet_small", "alexnet_small_no7", "torchvision:vgg11")
     assert [preset_of(name) for name in names] == ["alexnet", "alexnet", "zfnet", "zfnet", "small", "small", "zfnet"]
+
+
+def test_overfeats_recipe_has_its_numbers_and_halves_the_rate_after_five_epochs() -> None:
+    overfeat = recipe_for("overfeat_accurate")
+    assert (overfeat.batch, overfeat.momentum, overfeat.weight_decay, overfeat.init) == (128, 0.6, 1e-5, "paper")
+    assert (overfeat.ones, overfeat.colour, overfeat.renormalise) == ((), "none", None)
+    rates = [learning_rate(overfeat, step, 3, []) for step in range(3 * overfeat.epochs)]
+    last = {
+        1: 0.05,
+        30: 0.05,
+        31: 0.025,
+        50: 0.025,
+        51: 0.0125,
+        61: 0.05 / 8,
+        71: 0.05 / 16,
+        80: 0.05 / 16,
+        81: 0.05 / 32,
+    }
+    for epoch, rate in last.items():
+        assert rates[3 * epoch - 3 : 3 * epoch] == [rate] * 3
+    names = ("overfeat_fast", "overfeat_accurate", "overfeat_fast_small", "overfeat_accurate_small")
+    assert [preset_of(name) for name in names] == ["overfeat", "overfeat", "small", "small"]
+
+
+def test_a_fully_connected_layer_that_slides_is_renormalised_no_more_than_a_linear_one() -> None:
+    model = models.build("overfeat_fast_small", classes=3)
+    for parameter in model.parameters():
+        nn.init.constant_(parameter, 1.0)
+    renormalise_filters(model, 0.1)
+    for name, tensor in weights(model).items():
+        scaled = name.startswith("conv") and name.endswith("weight")
+        assert tensor.flatten()[0].item() == pytest.approx(0.1 if scaled else 1.0)
 
 
 def test_alexnets_ones_are_biases_of_the_layers_that_there_are() -> None:
@@ -207,7 +239,7 @@ def test_refuses_what_it_cannot_mean() -> None:
         ("lr", 0, "expected more than 0"),
         ("momentum", 1.0, "less than 1"),
         ("init", "xavier", "expected one of paper, he"),
-        ("schedule", "step", "expected one of plateau, cosine"),
+        ("schedule", "step", "expected one of plateau, epochs, cosine"),
         ("renormalise", 0.0, "None for no limit"),
         ("dropout", 1.0, "less than 1"),
         ("colour", "pca", "expected one of none, paper, cuda-convnet"),
@@ -216,6 +248,8 @@ def test_refuses_what_it_cannot_mean() -> None:
     ]:
         with pytest.raises(ValueError, match=message):
             Recipe(**{field: value})
+    with pytest.raises(ValueError, match="give the epochs, or the preset overfeat"):
+        Recipe(schedule="epochs")
     with pytest.raises(ValueError, match="expected one of paper, he"):
         initialise(nn.Linear(2, 2), "xavier")
     with pytest.raises(ValueError, match="fewer images than a batch"):

@@ -25,6 +25,7 @@ from zfnet.models.foreign import (
     torchvision_weights,
 )
 from zfnet.models.layers import Architecture, Network
+from zfnet.models.overfeat import NETWORKS as OVERFEAT
 from zfnet.models.variants import variants
 from zfnet.models.weights import classes_of, load_tensors
 from zfnet.models.zfnet import ZFNET, ZFNET_SMALL
@@ -48,7 +49,8 @@ CLASSES = 1000
 
 _VARIED = (ZFNET, ZFNET_SMALL, ALEXNET, ALEXNET_SMALL)
 _ARCHITECTURES: dict[str, Architecture] = {
-    table.name: table for table in (*_VARIED, ALEXNET_UNGROUPED, *(row for base in _VARIED for row in variants(base)))
+    table.name: table
+    for table in (*_VARIED, ALEXNET_UNGROUPED, *OVERFEAT, *(row for base in _VARIED for row in variants(base)))
 }
 
 

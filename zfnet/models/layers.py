@@ -100,12 +100,25 @@ class Linear:
     dropout: float = 0.5
     """Probability of setting an output to zero in training."""
 
-    def children(self, units_in: int) -> Children:
-        """Names and modules of the layer, in the order in which they run."""
+    def children(self, weights: nn.Module) -> Children:
+        """Names and modules of the layer, in the order in which they run, given the module of its weights."""
         number = self.name.removeprefix("fc")
-        yield self.name, nn.Linear(units_in, self.units)
+        yield self.name, weights
         yield f"relu{number}", nn.ReLU()
         yield f"dropout{number}", nn.Dropout(self.dropout)
+
+
+class FullyConnected(nn.Conv2d):
+    """A fully connected layer as a convolution over all it reads, so that it slides over larger images (OverFeat 3.5).
+
+    It computes what a linear layer with these weights, flattened in the order maps, rows, columns, does to each
+    window. The papers count it among the fully connected layers, and so do all analyses.
+    """
+
+
+def is_convolution(module: nn.Module | None) -> bool:
+    """Whether it is a convolution layer; a fully connected one in the form of a convolution is none."""
+    return isinstance(module, nn.Conv2d) and not isinstance(module, FullyConnected)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,13 +137,17 @@ class Architecture:
     """Hidden layers without maps."""
     classifier: str
     """Name of the last layer, which has one output a class and no ReLU."""
+    sliding: bool = False
+    """Layers without maps are `FullyConnected`, so that images may be larger than input_px, and have a score for each
+    window; then the largest of each class is given (OverFeat 3.4)."""
 
 
 class Network(nn.Sequential):
     """An `Architecture` as a module, its children named conv1, relu1, pool1, norm1, ... in running order.
 
     Takes images x 3 x input_px x input_px, RGB with the mean subtracted, about -128 to 128 (ZFNet Sec. 3);
-    gives images x classes, before the softmax. Weights are torch's own until `zfnet.recipe.initialise`.
+    gives images x classes, before the softmax. A `sliding` architecture takes larger images too; `zfnet.dense` gives
+    the scores of every window. Weights are torch's own until `zfnet.recipe.initialise`.
 
     Args:
         architecture: the table.
@@ -174,9 +191,18 @@ def _children(architecture: Architecture, classes: int) -> Children:
                 f"{architecture.name}: input_px={architecture.input_px} leaves no cell after "
                 f"{convolution.name}; expected at least one: enlarge input_px, or shorten strides"
             )
-    yield "flatten", nn.Flatten()
-    units = maps * side**2
+    if not architecture.sliding:
+        yield "flatten", nn.Flatten()
+        maps, side = maps * side**2, 1
     for linear in architecture.linears:
-        yield from linear.children(units)
-        units = linear.units
-    yield architecture.classifier, nn.Linear(units, classes)
+        yield from linear.children(_weights(architecture, maps, linear.units, side))
+        maps, side = linear.units, 1
+    yield architecture.classifier, _weights(architecture, maps, classes, side)
+    if architecture.sliding:
+        yield "maximum", nn.AdaptiveMaxPool2d(1)
+        yield "flatten", nn.Flatten()
+
+
+def _weights(architecture: Architecture, maps: int, units: int, side: int) -> nn.Module:
+    """The weights of a layer without maps, on all cells of maps of this side."""
+    return FullyConnected(maps, units, side) if architecture.sliding else nn.Linear(maps, units)
