@@ -11,7 +11,7 @@ from __future__ import annotations
 import io
 import warnings
 from collections.abc import Collection
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -42,7 +42,7 @@ class BadImage(ValueError):
 
 @dataclass(frozen=True, kw_only=True)
 class Crop:
-    """Where a square crop lies in an image: all that is needed to go back to original pixels."""
+    """Where a crop lies in an image: all that is needed to go back to original pixels."""
 
     image_height: int
     image_width: int
@@ -51,6 +51,7 @@ class Crop:
     top: int
     left: int
     size_px: int
+    """Side of the crop; of a rectangle the shorter one."""
 
     def to_original(self, top: float, left: float, height: float, width: float) -> tuple[float, ...]:
         """A box (top, left, height, width) in pixels of the crop, as a box in pixels of the original image."""
@@ -112,22 +113,26 @@ class Preprocessing:
             "maximum": self.maximum,
         }
 
+    def of_any_size(self) -> Preprocessing:
+        """The same with a mean for each channel alone, so that images of any size can be normalised."""
+        return replace(self, mean=self.mean.mean((1, 2), keepdim=True))
+
     def normalise(self, pixels: Tensor, top: Tensor | None = None, left: Tensor | None = None) -> Tensor:
         """Network input from pixels.
 
         Args:
-            pixels: uint8 [N, crop_px, crop_px, 3], RGB.
+            pixels: uint8 [N, crop_px, crop_px, 3], RGB; of any size where the mean is one a channel.
             top, left: [N], where each crop lies in the centre square of resize_px; default the centre crop.
 
-        Returns: float32 [N, 3, crop_px, crop_px] in the network's channel order.
+        Returns: float32 [N, 3, rows, cols] in the network's channel order.
         """
         x = pixels.to(torch.float32, copy=True)
         if self.channels == "BGR":
             x = x.flip(-1)
         if self.maximum != 255.0:
             x *= self.maximum / 255.0
-        x -= _of_each_pixel(self._mean(pixels.device, top, left), pixels.shape[1])
-        x /= _of_each_pixel(self.std.to(pixels.device), pixels.shape[1])
+        x -= _of_each_pixel(self._mean(pixels.device, top, left), *pixels.shape[1:3])
+        x /= _of_each_pixel(self.std.to(pixels.device), *pixels.shape[1:3])
         return x.permute(0, 3, 1, 2)
 
     def _mean(self, device: torch.device, top: Tensor | None, left: Tensor | None) -> Tensor:
@@ -143,10 +148,10 @@ class Preprocessing:
         return torch.stack(crops) if crops else mean.new_zeros(0, 3, size, size)
 
 
-def _of_each_pixel(numbers: Tensor, size: int) -> Tensor:
-    """[..., 3, 1 or size, 1 or size] as [..., size, size, 3] in memory: fast to combine with pixels in their layout."""
+def _of_each_pixel(numbers: Tensor, rows: int, cols: int) -> Tensor:
+    """[..., 3, 1 or rows, 1 or cols] as [..., rows, cols, 3] in memory: fast to combine with pixels in their layout."""
     numbers = numbers.movedim(-3, -1)
-    return numbers.expand(*numbers.shape[:-3], size, size, 3).contiguous()
+    return numbers.expand(*numbers.shape[:-3], rows, cols, 3).contiguous()
 
 
 def centre_offset(length: int, crop: int) -> int:
@@ -174,7 +179,7 @@ def input_pixels(data: bytes, resize_px: int, crop_px: int, scaled: bool = False
             filter takes the place of a part of the bilinear one.
     """
     resized, original = _decode_resized(data, resize_px, scaled)
-    return _crop(resized, original, crop_px)
+    return cut(resized, original, crop_px, crop_px)
 
 
 def decode_resized(data: bytes, sides: Collection[int], scaled: bool = False) -> dict[int, Image.Image]:
@@ -250,13 +255,16 @@ def _resize(
 
 def centre_crop(image: Image.Image, resize_px: int, crop_px: int) -> tuple[Pixels, Crop]:
     """The network's own input pixels: uint8 [crop_px, crop_px, 3] RGB, and where they lie in the image."""
-    return _crop(resize(image, resize_px), image.size, crop_px)
+    return cut(resize(image, resize_px), image.size, crop_px, crop_px)
 
 
-def _crop(resized: Image.Image, original: tuple[int, int], crop_px: int) -> tuple[Pixels, Crop]:
-    """The centre of a resized image; `original` is width and height of the image in its file."""
+def cut(resized: Image.Image, original: tuple[int, int], height_px: int, width_px: int) -> tuple[Pixels, Crop]:
+    """The centre of a resized image, uint8 [height_px, width_px, 3] RGB, and where it lies in the original.
+
+    `original` is width and height of the image in its file.
+    """
     width, height = original
-    top, left = centre_offset(resized.height, crop_px), centre_offset(resized.width, crop_px)
+    top, left = centre_offset(resized.height, height_px), centre_offset(resized.width, width_px)
     crop = Crop(
         image_height=height,
         image_width=width,
@@ -264,9 +272,9 @@ def _crop(resized: Image.Image, original: tuple[int, int], crop_px: int) -> tupl
         resized_width=resized.width,
         top=top,
         left=left,
-        size_px=crop_px,
+        size_px=min(height_px, width_px),
     )
-    return np.asarray(resized.crop((left, top, left + crop_px, top + crop_px))), crop
+    return np.asarray(resized.crop((left, top, left + width_px, top + height_px))), crop
 
 
 def random_crop(
