@@ -47,7 +47,7 @@ class Options:
     """Folder of the shards' index, where it is not in the folder of the shards."""
     architecture: str = "zfnet_small"
     """Network, by name."""
-    preset: Literal["zfnet", "alexnet", "overfeat", "small"] | None = None
+    preset: Literal["zfnet", "alexnet", "overfeat", "small", "foreign"] | None = None
     """Recipe that the following options change: a paper's, or one for small networks; default the network's own."""
     epochs: int | None = None
     """Passes over the training images."""

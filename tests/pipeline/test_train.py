@@ -8,8 +8,10 @@ import pandas as pd
 import pytest
 import torch
 
-from pipeline import checkpoints, train
+from pipeline import checkpoints, sweep, train
+from pipeline.analyses import evaluation
 from pipeline.cluster import Workers
+from pipeline.context import Options
 from pipeline.loop import Trainer
 from pipeline.mean import measure
 from pipeline.runs import Run, RunError
@@ -139,6 +141,19 @@ def test_training_learns_and_leaves_what_it_says(make_shards, tmp_path, capsys):
     assert "finished already" in capsys.readouterr().out
     with pytest.raises(RunError, match="seed: 0 there, asked 5"):
         train.run(options(run, data, seed=5))
+
+
+def test_the_last_epochs_validation_is_what_evaluate_finds(make_shards, tmp_path):
+    data, run = make_shards(train=[40], val=[30]), tmp_path / "run"
+    train.run(options(run, data, epochs=2, lr=0.002))
+    last = pd.read_parquet(run / "metrics").iloc[-1]
+    assert 0 < last.validation_top1 < 1  # or the order of the classes is not seen
+    where = Options(run=str(run), data=str(data), workers=Workers(num=0))
+    assert sweep.run(evaluation.ANALYSIS, where, evaluation.Config()) == 0
+    found = pd.read_parquet(run / "results" / "predictions")
+    assert len(found) == last.validation_samples
+    assert found.label_rank.eq(1).mean() == pytest.approx(last.validation_top1, abs=1e-7)
+    assert found.loss.mean() == pytest.approx(last.validation_loss, rel=1e-5)
 
 
 @pytest.mark.parametrize("when", [2, 4, 6])  # of 3 steps an epoch: inside the first, inside the second, at its end

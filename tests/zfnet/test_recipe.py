@@ -12,6 +12,7 @@ from torch import nn
 from zfnet import models
 from zfnet.recipe import (
     ALEXNET_ONES,
+    PIXEL_STD,
     PRESETS,
     Recipe,
     colour_axes,
@@ -160,7 +161,19 @@ def test_alexnets_recipe_has_its_numbers() -> None:
     )
     assert (alexnet.colour, alexnet.renormalise, alexnet.divisions) == ("paper", None, 3)
     names = ("alexnet", "alexnet_no34", "zfnet", "zfnet_wide", "zfnet_small", "alexnet_small_no7", "torchvision:vgg11")
-    assert [preset_of(name) for name in names] == ["alexnet", "alexnet", "zfnet", "zfnet", "small", "small", "zfnet"]
+    assert [preset_of(name) for name in names] == ["alexnet", "alexnet", "zfnet", "zfnet", "small", "small", "foreign"]
+
+
+@pytest.mark.parametrize("name", ["squeezenet1_1", "resnet18", "mobilenet_v2"])
+def test_foreign_networks_begin_with_a_signal_that_reaches_the_classes(name) -> None:
+    """Logits of the order of 1 that differ from image to image; under N(0, 0.01) those of SqueezeNet are 1e-18."""
+    model = models.build(f"torchvision:{name}", classes=10)
+    initialise(model, recipe_for(f"torchvision:{name}").init)
+    set_dropout(model, 0.0)
+    pixels = PIXEL_STD * torch.randn(4, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        spread = float(model.train()(pixels).std(0).mean())
+    assert 0.05 < spread < 5
 
 
 def test_overfeats_recipe_has_its_numbers_and_halves_the_rate_after_five_epochs() -> None:
