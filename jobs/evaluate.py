@@ -2,6 +2,8 @@
 
 python jobs/evaluate.py --run runs/demo --data shards/rendered --views ten
 
+python jobs/evaluate.py --run runs/overfeat --data shards/photos --views overfeat --scales 1 2 4 6 --name four-scales
+
 python jobs/evaluate.py --run runs/a --with runs/b runs/c --data shards/rendered --name ensemble
 
 ray job submit --working-dir . -- python jobs/evaluate.py --run s3://bucket/run --data s3://bucket/shards

@@ -192,6 +192,11 @@ def interleave(maps: Tensor) -> Tensor:
     return together
 
 
+def log_probabilities(sliding: Sliding, x: Tensor, stride: Stride, of: MaximumOf) -> Tensor:
+    """`strongest` of images of one size [N, 3, rows, cols] and of their reflections: float64 [N, 2, C]."""
+    return torch.stack([strongest(sliding.scores(sliding.pooled(view, stride)), of) for view in (x, x.flip(3))], 1)
+
+
 def strongest(scores: Tensor, of: MaximumOf) -> Tensor:
     """Logarithms of each class's strongest value over all windows (Sec. 3.3: "the spatial max for each class").
 

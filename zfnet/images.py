@@ -182,12 +182,18 @@ def input_pixels(data: bytes, resize_px: int, crop_px: int, scaled: bool = False
     return cut(resized, original, crop_px, crop_px)
 
 
-def decode_resized(data: bytes, sides: Collection[int], scaled: bool = False) -> dict[int, Image.Image]:
-    """`decode`, then `resize` to each of these sides; decoded once, but for each where `scaled` (see input_pixels)."""
+def decode_resized(
+    data: bytes, sides: Collection[int], scaled: bool = False
+) -> tuple[dict[int, Image.Image], tuple[int, int]]:
+    """`decode`, then `resize` to each of these sides; decoded once, but for each where `scaled` (see input_pixels).
+
+    Returns: the image for each side, and width and height of the original.
+    """
     if scaled:
-        return {side: _decode_resized(data, side, scaled)[0] for side in sides}
+        found = {side: _decode_resized(data, side, scaled) for side in sides}
+        return {side: resized for side, (resized, _) in found.items()}, next(iter(found.values()))[1]
     image = decode(data)
-    return {side: resize(image, side) for side in sides}
+    return {side: resize(image, side) for side in sides}, image.size
 
 
 def _decode_resized(data: bytes, resize_px: int, scaled: bool) -> tuple[Image.Image, tuple[int, int]]:

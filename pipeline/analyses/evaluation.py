@@ -10,14 +10,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 import tyro
-from torch import Tensor
 
 from pipeline import tables
 from pipeline.analysis import Analysis, Finished
@@ -26,10 +25,11 @@ from pipeline.progress import say
 from pipeline.runs import Model, Run, RunError, require_at_least_one
 from pipeline.shards import Sample, Skipped, with_label
 from pipeline.storage import Location
+from pipeline.views import Crops, Viewer, Windows, checked_scales, sliding_of
 from zfnet import evaluation, images
-from zfnet.evaluation import Errors, Predictions, Views
+from zfnet.dense import MaximumOf, Stride
+from zfnet.evaluation import Errors, Predictions
 from zfnet.graph import Graph
-from zfnet.images import Pixels
 from zfnet.tracing import trace
 
 SLICE = "images"
@@ -39,9 +39,16 @@ SLICE = "images"
 class Config:
     """What decides the content of an evaluation."""
 
-    views: Views = "centre"
-    """What the network is shown of an image: its centre crop, or ten crops (corners, centre and their reflections),
-    over which the softmax is averaged."""
+    views: Literal["centre", "ten", "overfeat"] = "centre"
+    """What the network is shown of an image: its centre crop; or ten crops (corners, centre and their reflections),
+    over which the softmax is averaged; or all windows of the image and its reflection at several scales, of which each
+    class's strongest at each scale is averaged (OverFeat networks)."""
+    scales: tuple[int, ...] = ()
+    """Under overfeat: which of the paper's six; default all. Its four are 1 2 4 6."""
+    stride: Stride = "fine"
+    """Under overfeat: fine: windows at every offset of the last pool; coarse: at the first alone."""
+    maximum_of: MaximumOf = "probabilities"
+    """Under overfeat: each class's largest probability over the windows, or the softmax of its largest scores."""
     others: Annotated[tuple[str, ...], tyro.conf.arg(name="with")] = ()
     """Further runs; the softmax is averaged over the networks of all of them. Their order does not matter."""
     part_size: int = 256
@@ -51,13 +58,22 @@ class Config:
 
     def __post_init__(self) -> None:
         require_at_least_one(self, "part_size", "batch_size")
+        if self.views == "overfeat":
+            checked_scales(self.scales)
+        elif self.scales or self.stride != "fine" or self.maximum_of != "probabilities":
+            raise RunError(f"--scales, --stride and --maximum-of go with --views overfeat; --views is {self.views}")
 
 
 _WITH_MODEL_IDS = tables.column(
     "with_model_ids", pa.list_(pa.string()), "Further networks over which the softmax was averaged; empty: none."
 )
-_VIEWS = tables.column("views", pa.string(), "Views of an image over which the softmax was averaged: centre or ten.")
-_HOW = [tables.MODEL_ID, _WITH_MODEL_IDS, tables.DATA_ID, _VIEWS]
+_VIEWS = [
+    tables.column("views", pa.string(), "What the network was shown of an image: centre, ten, or overfeat's windows."),
+    tables.column("scales", pa.list_(pa.int32()), "Scales of overfeat's windows, from 1; empty for other views."),
+    tables.column("stride", pa.string(), "Their distance: fine or coarse; null for other views.", nullable=True),
+    tables.column("maximum_of", pa.string(), "Their probabilities or scores; null for other views.", nullable=True),
+]
+_HOW = [tables.MODEL_ID, _WITH_MODEL_IDS, tables.DATA_ID, *_VIEWS]
 _IMAGES = tables.column("images", pa.int64(), "Images that were evaluated.")
 _PREDICTED = [
     tables.column("predicted_class", pa.int32(), "Most probable class; of equals the one with the lowest number."),
@@ -117,48 +133,45 @@ EVALUATION = pa.schema(
 )
 
 
-@dataclass(frozen=True, eq=False)
-class Network:
-    """One of those over which is averaged."""
-
-    model: Model
-    graph: Graph
-
-    @property
-    def geometry(self) -> tuple[int, int]:
-        """resize_px and crop_px: networks that have them in common are shown the same crops."""
-        return self.model.preprocessing.resize_px, self.model.preprocessing.crop_px
-
-
 def resolve(context: Context) -> Config:
     """With absolute paths: a worker's current folder is not the driver's."""
     config: Config = context.config
-    return replace(config, others=tuple(str(Location.of(path)) for path in config.others))
+    scales = checked_scales(config.scales) if config.views == "overfeat" else ()
+    return replace(config, scales=scales, others=tuple(str(Location.of(path)) for path in config.others))
 
 
-def networks(context: Context) -> list[Network]:
+def networks(context: Context) -> list[Viewer]:
     """The run's network and the further ones, sorted by model_id.
 
-    Raises: RunError for one without a classifier, of other classes than the run's, or given twice.
+    Raises: RunError for one without a classifier, of other classes than the run's, that cannot have these views, or
+        given twice.
     """
-    found = [Network(context.model, context.graph)]
+    found = [(context.model, context.graph)]
     for path in context.config.others:
         model = Run.at(path).load_model()
         model.network.to(context.device)
         side = model.preprocessing.crop_px
-        found.append(Network(model, trace(model.network, (3, side, side))))
+        found.append((model, trace(model.network, (3, side, side))))
         _agreed(context.model.classes, model.classes, f"--with {path}", "give runs of networks with the same classes")
-    for network, path in zip(found, [context.run.location, *context.config.others], strict=True):
-        outputs = network.graph[network.graph.output].shape
-        if tuple(outputs) != (len(network.model.classes),):
+    viewers = []
+    for (model, graph), path in zip(found, [context.run.location, *context.config.others], strict=True):
+        outputs = graph[graph.output].shape
+        if tuple(outputs) != (len(model.classes),):
             raise RunError(
-                f"{path}: the network gives {list(outputs)} numbers for an image and has {len(network.model.classes)} "
+                f"{path}: the network gives {list(outputs)} numbers for an image and has {len(model.classes)} "
                 "classes: only a classifier can be evaluated, give a run with one"
             )
-    ids = [network.model.model_id for network in found]
+        viewers.append(_viewer(context.config, model, graph, path))
+    ids = [viewer.model.model_id for viewer in viewers]
     if len(set(ids)) < len(ids):
         raise RunError(f"the runs hold the models {', '.join(ids)}, one of them twice: give each network once")
-    return sorted(found, key=lambda network: network.model.model_id)
+    return sorted(viewers, key=lambda viewer: viewer.model.model_id)
+
+
+def _viewer(config: Config, model: Model, graph: Graph, path: object) -> Viewer:
+    if config.views == "overfeat":
+        return Windows(model, sliding_of(model, path), config.scales, config.stride, config.maximum_of)
+    return Crops(model, graph, config.views)
 
 
 def class_names(context: Context) -> tuple[str, ...]:
@@ -228,48 +241,49 @@ def expected_rows(context: Context, slice_: str, skipped: set[str]) -> int:
 
 @dataclass(frozen=True, eq=False)
 class Viewed:
-    """A decoded sample: for each geometry its crops, and their tops and lefts."""
+    """A decoded sample, and for each geometry what is seen of it."""
 
     sample: Sample
-    crops: dict[tuple[int, int], tuple[Pixels, list[int], list[int]]]
+    seen: dict[tuple[Any, ...], Any]
 
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """Images, and for each geometry their crops on the device: uint8 [N, V, crop_px, crop_px, 3]."""
+    """Images, and for each geometry what is seen of them, on the device."""
 
     pictures: list[Viewed]
-    crops: dict[tuple[int, int], Tensor]
+    seen: dict[tuple[Any, ...], Any]
 
 
-def prepare(context: Context, networks: list[Network], rows: pa.Table) -> tuple[Batch | None, list[Skipped]]:
+def prepare(context: Context, networks: list[Viewer], rows: pa.Table) -> tuple[Batch | None, list[Skipped]]:
     """The images with a label, decoded once, and cropped once for all networks of one geometry."""
     rows, unlabelled = with_label(rows, len(context.index.classes))
-    geometries = sorted({network.geometry for network in networks})
-    sides = {resize_px for resize_px, _ in geometries}
+    viewers = {network.geometry: network for network in networks}
+    sides = set().union(*(viewer.sides for viewer in viewers.values()))
 
     def look(sample: Sample, number: int) -> Viewed:
-        resized = images.decode_resized(sample.image, sides, scaled=context.decode == "scaled")
-        return Viewed(sample, {g: evaluation.crops(resized[g[0]], *g, context.config.views) for g in geometries})
+        resized, original = images.decode_resized(sample.image, sides, scaled=context.decode == "scaled")
+        return Viewed(sample, {geometry: viewer.look(resized, original) for geometry, viewer in viewers.items()})
 
     viewed, skipped = read(context, rows, look)
     if not viewed:
         return None, unlabelled + skipped
-    stacked = {g: np.stack([picture.crops[g][0] for picture in viewed]) for g in geometries}
-    on_device = {g: torch.from_numpy(pixels).to(context.device) for g, pixels in stacked.items()}
-    return Batch(viewed, on_device), unlabelled + skipped
+    seen = {
+        geometry: viewer.stack([picture.seen[geometry] for picture in viewed], context.device)
+        for geometry, viewer in viewers.items()
+    }
+    return Batch(viewed, seen), unlabelled + skipped
 
 
-def map_batch(context: Context, networks: list[Network], batch: Batch) -> pa.Table:
+def map_batch(context: Context, networks: list[Viewer], batch: Batch) -> pa.Table:
     """The rows of predictions of a batch."""
-    found = []
-    for network in networks:
-        _, top, left = batch.pictures[0].crops[network.geometry]
-        views = batch.crops[network.geometry]
-        found.append(evaluation.log_softmax(network.graph, network.model.preprocessing, views, top, left))
+    found = [network.log_probabilities(batch.seen[network.geometry]) for network in networks]
+    averaged = evaluation.average(found)
+    if context.config.views == "overfeat":  # the largest of each class over windows do not sum to one
+        averaged = averaged.log_softmax(1)
     samples = [picture.sample for picture in batch.pictures]
     labels = [sample.label for sample in samples]
-    said = Predictions.of(evaluation.average(found), torch.tensor(labels, device=context.device))
+    said = Predictions.of(averaged, torch.tensor(labels, device=context.device))
     names = class_names(context)
     classes = said.classes.cpu().numpy()
     columns = {
@@ -290,8 +304,17 @@ def map_batch(context: Context, networks: list[Network], batch: Batch) -> pa.Tab
 
 def _how(context: Context, model_ids: list[str], count: int) -> dict[str, Any]:
     """The columns that say how it was evaluated, for this many rows."""
+    config: Config = context.config
     others = [id_ for id_ in model_ids if id_ != context.model.model_id]
-    how = {**context.identity, "with_model_ids": others, "views": context.config.views}
+    slid = config.views == "overfeat"
+    how = {
+        **context.identity,
+        "with_model_ids": others,
+        "views": config.views,
+        "scales": config.scales,
+        "stride": config.stride if slid else None,
+        "maximum_of": config.maximum_of if slid else None,
+    }
     return {name: [value] * count for name, value in how.items()}
 
 
@@ -359,6 +382,13 @@ def _in_all(context: Context, errors: Errors, loss: Any) -> pa.Table:
     return tables.conform({name: [value] for name, value in row.items()}, EVALUATION)
 
 
+def forwards(context: Context) -> int:
+    """Of each network: views, or scales and their reflections, whatever their size."""
+    config: Config = context.config
+    views = 2 * len(config.scales) if config.views == "overfeat" else evaluation.VIEWS[config.views]
+    return (1 + len(config.others)) * views
+
+
 def report(options: Options) -> None:
     """Say the errors of the finished evaluation."""
     run = Run.at(options.run)
@@ -367,8 +397,9 @@ def report(options: Options) -> None:
         (row,) = tables.read(run.slice(name, SLICE)).to_pylist()
         others = len(row["with_model_ids"])
         averaged = f", average of {1 + others} networks" if others else ""
+        scales = f" ({row['stride']}, scales {' '.join(map(str, row['scales']))})" if row["scales"] else ""
         say(
-            f"{name}: {row['images']} images, views {row['views']}{averaged}: "
+            f"{name}: {row['images']} images, views {row['views']}{scales}{averaged}: "
             f"top-1 error {row['top1_error']:.2%} ({row['top1_wrong']} wrong), "
             f"top-5 error {row['top5_error']:.2%} ({row['top5_wrong']} wrong), "
             f"mean per-class accuracy {row['mean_class_accuracy']:.2%}, loss {row['loss']:.4f}"
@@ -390,6 +421,6 @@ ANALYSIS = Analysis(
     map_batch=map_batch,
     reduce_part=reduce_part,
     fold=fold,
-    forwards=lambda context: (1 + len(context.config.others)) * evaluation.VIEWS[context.config.views],
+    forwards=forwards,
     expected_rows=expected_rows,
 )

@@ -178,7 +178,8 @@ def test_scaled_decoding_leaves_other_formats_alone():
 @pytest.mark.parametrize("scaled", [False, True])
 def test_an_image_resized_to_several_sides_is_what_it_is_for_each_alone(scaled):
     data = encoded(picture(300, 401), "JPEG")
-    resized = images.decode_resized(data, {40, 72, 300}, scaled)
+    resized, original = images.decode_resized(data, {40, 72, 300}, scaled)
+    assert original == (401, 300)
     assert sorted(resized) == [40, 72, 300]
     for side, image in resized.items():
         alone, _ = images.input_pixels(data, side, side, scaled)
