@@ -1,4 +1,4 @@
-"""What an evaluation shows a network of an image, and the class probabilities of each of these views."""
+"""What a network is shown of an image: crops, or all of it at several scales; and its probabilities of each view."""
 
 from __future__ import annotations
 
@@ -7,12 +7,15 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
+import pyarrow as pa
 import torch
 from PIL import Image
 from torch import Tensor
 
+from pipeline.context import Context, read
 from pipeline.runs import Model, RunError
-from zfnet import dense, evaluation
+from pipeline.shards import Sample, Skipped
+from zfnet import dense, evaluation, images
 from zfnet.dense import SCALES, MaximumOf, Sliding, Stride
 from zfnet.evaluation import Views
 from zfnet.graph import Graph
@@ -78,7 +81,7 @@ class Crops:
 
 
 Group = tuple[list[int], Tensor]
-"""Places of images in a batch, and their pixels, all of one size: uint8 [n, rows, cols, 3]."""
+"""Places of images of one size in a batch, and the images: uint8 [n, rows, cols, 3] or normalised."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -137,6 +140,43 @@ def groups(pixels: Sequence[Pixels], device: str) -> Iterator[Group]:
         places.setdefault(of_image.shape, []).append(place)
     for some in places.values():
         yield some, torch.from_numpy(np.stack([pixels[place] for place in some])).to(device)
+
+
+@dataclass(frozen=True, eq=False)
+class Seen:
+    """A decoded sample at some scales."""
+
+    sample: Sample
+    number: int
+    """Place of the key in key order, over the whole split."""
+    views: list[tuple[Pixels, Crop]]
+    """For each scale the pixels, and where they lie in the original."""
+
+
+@dataclass(frozen=True, eq=False)
+class Scaled:
+    """Samples that go through the network together, at some scales."""
+
+    pictures: list[Seen]
+    at_scale: list[list[Group]]
+    """For each scale the images of one size together, normalised: float32 [n, 3, rows, cols]."""
+
+
+def at_scales(context: Context, scales: Sequence[int], rows: pa.Table) -> tuple[Scaled | None, list[Skipped]]:
+    """What the run's network sees of these rows at some scales; nothing where none of them could be read."""
+    sliding = sliding_of(context.model, context.run.location)
+    preprocessing = context.model.preprocessing.of_any_size()
+    sides = {sliding.sides_px(scale)[0] for scale in scales}
+
+    def see(sample: Sample, number: int) -> Seen:
+        resized, original = images.decode_resized(sample.image, sides, scaled=context.decode == "scaled")
+        return Seen(sample, number, look(sliding, scales, resized, original))
+
+    pictures, skipped = read(context, rows, see)
+    of_scales = zip(*(picture.views for picture in pictures), strict=True)
+    stacked = [list(groups([pixels for pixels, _ in views], context.device)) for views in of_scales]
+    at_scale = [[(places, preprocessing.normalise(pixels)) for places, pixels in some] for some in stacked]
+    return (Scaled(pictures, at_scale) if pictures else None), skipped
 
 
 def sliding_of(model: Model, path: object) -> Sliding:

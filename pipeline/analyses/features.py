@@ -1,12 +1,13 @@
 """The activations of chosen layers for every image: the features that transfer and retrieval work on.
 
 A row for each image, in the order of the shards. A slice is a layer of one split, so several splits of the same shards
-lie side by side in one table; another set of images, or another --pool, goes into a table of another --name.
+lie side by side in one table; another set of images, another --pool or --scale, goes into a table of another --name.
 """
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -19,10 +20,13 @@ from torch import Tensor
 
 from pipeline import tables
 from pipeline.analysis import Analysis, Finished
-from pipeline.context import Batch, Context, Picture
+from pipeline.context import Context, centre_crops
 from pipeline.runs import RunError, require_at_least_one
+from pipeline.shards import Sample, Skipped
 from pipeline.storage import Location
+from pipeline.views import at_scales, checked_scales, sliding_of
 from zfnet.activations import NotFinite
+from zfnet.dense import Stride
 
 Pool = Literal["mean", "max", "flat"]
 
@@ -35,6 +39,10 @@ class Config:
     """Layers; default all convolutional and fully connected ones. Other traced operations, a pool say, may be named."""
     pool: Pool = "mean"
     """One value a feature map: the mean or the max over its cells; or flat: all cells, row-major, map after map."""
+    scale: int | None = None
+    """Of an OverFeat network: the image at this one of the paper's six scales; default the centre crop."""
+    stride: Stride = "fine"
+    """With --scale, above the last pool: fine: a cell for each of its offsets; coarse: for the first alone."""
     part_size: int = 64
     """Images of a part, the unit of work and of resume."""
     batch_size: int = 16
@@ -46,6 +54,10 @@ class Config:
         if not self.max_gb > 0:
             raise RunError(f"--max-gb is {self.max_gb}: give gigabytes above 0")
         require_at_least_one(self, "part_size", "batch_size")
+        if self.scale is not None:
+            checked_scales([self.scale])
+        elif self.stride != "fine":
+            raise RunError("--stride goes with --scale: give one of 1 to 6")
 
 
 SPLIT = tables.column("split", pa.string(), "Split of the shards that holds the sample.")
@@ -68,6 +80,8 @@ SCHEMA = pa.schema(
         tables.LABEL,
         tables.LABEL_NAME,
         BOX_LABELS,
+        tables.column("scale", pa.int32(), "Scale of the image, 1 to 6; null for the centre crop.", nullable=True),
+        tables.column("stride", pa.string(), "fine or coarse; null for the centre crop.", nullable=True),
         tables.column("pool", pa.string(), "mean or max over each feature map, or flat: maps x rows x columns."),
         tables.column("maps", pa.int32(), "Feature maps of the layer."),
         tables.column("map_height", pa.int32(), "Rows of a feature map, before pooling."),
@@ -86,44 +100,47 @@ def resolve(context: Context) -> Config:
     """The configuration. Raises: RunError where the features would take more than --max-gb."""
     config: Config = context.config
     images = context.index.split(context.split).num_rows
-    forecast = {
-        pool: 4 * images * sum(_values(context, layer, pool) for layer in _layers(context)) / 1e9
-        for pool in ("mean", config.pool)
-    }
-    if forecast[config.pool] > config.max_gb:
+    shapes = _shapes(context).values()
+    values = {"flat": sum(math.prod(shape) for shape in shapes), "mean": sum(shape[0] for shape in shapes)}
+    forecast = {pool: 4 * images * count / 1e9 for pool, count in values.items()}
+    needed = forecast["flat" if config.pool == "flat" else "mean"]
+    if needed > config.max_gb:
         pooled = f"--pool mean or max ({forecast['mean']:.3g} GB), " if config.pool == "flat" else ""
         raise RunError(
-            f"the features of {images} images would take {forecast[config.pool]:.3g} GB and --max-gb is "
+            f"the features of {images} images would take {needed:.3g} GB and --max-gb is "
             f"{config.max_gb:g}: give {pooled}fewer --layers, or a larger --max-gb"
         )
     return config
 
 
-def _layers(context: Context) -> list[str]:
-    """The layers asked for. Raises: UnknownLayer, RunError for what has no feature maps."""
-    layers = list(context.config.layers or context.graph.layers)
-    for layer in layers:
-        if len(_shape(context, layer)) not in (1, 3):
+def _shapes(context: Context) -> dict[str, tuple[int, ...]]:
+    """Layers asked for -> the shape of their activations; at a scale of its largest images.
+
+    Raises: UnknownLayer, RunError for what has no feature maps, or cannot be had at a scale.
+    """
+    nodes = {layer: context.graph.activation_of(layer) for layer in context.config.layers or context.graph.layers}
+    shapes = {layer: context.graph[node].shape for layer, node in nodes.items()}
+    for layer, shape in shapes.items():
+        if len(shape) not in (1, 3):
             raise RunError(
-                f"{layer} gives values of the shape {_shape(context, layer)}, and features are feature maps or units: "
+                f"{layer} gives values of the shape {shape}, and features are feature maps or units: "
                 f"choose among {', '.join(context.graph.layers)}"
             )
-    return layers
-
-
-def _shape(context: Context, layer: str) -> tuple[int, ...]:
-    return context.graph[context.graph.activation_of(layer)].shape
-
-
-def _values(context: Context, layer: str, pool: str) -> int:
-    """Values of an image."""
-    shape = _shape(context, layer)
-    return int(np.prod(shape)) if pool == "flat" else shape[0]
+    if context.config.scale is None:
+        return shapes
+    sliding = sliding_of(context.model, context.run.location)
+    blank = torch.zeros(1, 3, *sliding.sides_px(context.config.scale), device=context.device)
+    try:
+        with torch.inference_mode():
+            found = sliding.activations(blank, list(nodes.values()), context.config.stride)
+    except ValueError as error:
+        raise RunError(f"--layers: {error}") from None
+    return {layer: tuple(found[node].shape[1:]) for layer, node in nodes.items()}
 
 
 def slices(context: Context) -> list[str]:
     """Each layer of the split."""
-    return [slice_of(layer, context.split) for layer in _layers(context)]
+    return [slice_of(layer, context.split) for layer in context.config.layers or context.graph.layers]
 
 
 def samples(context: Context, slices: list[str]) -> pa.Table:
@@ -136,47 +153,81 @@ def setup(context: Context, slices: list[str]) -> list[str]:
     return [slice_.removesuffix(slice_of("", context.split)) for slice_ in slices]
 
 
-def map_batch(context: Context, layers: list[str], batch: Batch) -> pa.Table:
+def prepare(context: Context, layers: list[str], rows: pa.Table) -> tuple[Any, list[Skipped]]:
+    """The images as the network sees them: their centre crops, or at the scale."""
+    scale = context.config.scale
+    return centre_crops(context, layers, rows) if scale is None else at_scales(context, (scale,), rows)
+
+
+def map_batch(context: Context, layers: list[str], batch: Any) -> pa.Table:
     """The rows of a batch in each of the layers. Only what the layers need is run."""
     nodes = {layer: context.graph.activation_of(layer) for layer in layers}
-    activations = context.graph.run(batch.x, list(nodes.values()))
-    images = _image_columns(context, batch.pictures)
-    return pa.concat_tables(_rows(context, layer, images, activations[node]) for layer, node in nodes.items())
+    found: dict[str, dict[int, Row]] = {layer: {} for layer in layers}
+    for places, activations in _activations(context, list(nodes.values()), batch):
+        for layer, node in nodes.items():
+            found[layer].update(zip(places, _vectors(activations[node], context.config.pool, places), strict=True))
+    images = _image_columns(context, [picture.sample for picture in batch.pictures])
+    return pa.concat_tables(_rows(context, layer, images, [of[i] for i in sorted(of)]) for layer, of in found.items())
 
 
-def _image_columns(context: Context, pictures: list[Picture]) -> dict[str, Any]:
-    labels = [picture.sample.label for picture in pictures]
+def _activations(context: Context, nodes: list[str], batch: Any) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
+    """Of images of one size together, their places in the batch and what the operations give."""
+    config: Config = context.config
+    if config.scale is None:
+        yield list(range(len(batch.pictures))), context.graph.run(batch.x, nodes)
+        return
+    sliding = sliding_of(context.model, context.run.location)
+    for places, x in batch.at_scale[0]:
+        yield places, sliding.activations(x, nodes, config.stride)
+
+
+Row = tuple[tuple[int, int, int], npt.NDArray[np.float32]]
+"""Feature maps, rows, columns; and the features of one image."""
+
+
+def _vectors(activation: Tensor, pool: Pool, places: list[int]) -> list[Row]:
+    maps, height, width = (*activation.shape[1:], 1, 1)[:3]
+    try:
+        return [((maps, height, width), vector) for vector in pooled(activation, pool)]
+    except NotFinite as error:
+        raise NotFinite(places[error.index], error.feature_map) from None
+
+
+def _image_columns(context: Context, samples: list[Sample]) -> dict[str, Any]:
+    labels = [sample.label for sample in samples]
     return {
-        **{name: [value] * len(pictures) for name, value in context.identity.items()},
-        "split": [context.split] * len(pictures),
-        "key": [picture.sample.key for picture in pictures],
-        "shard": [picture.sample.shard for picture in pictures],
+        **{name: [value] * len(samples) for name, value in context.identity.items()},
+        "split": [context.split] * len(samples),
+        "key": [sample.key for sample in samples],
+        "shard": [sample.shard for sample in samples],
         "label": labels,
         "label_name": [context.index.label_name(label) for label in labels],
-        "box_labels": [_box_labels(picture) for picture in pictures],
+        "box_labels": [_box_labels(sample) for sample in samples],
     }
 
 
-def _box_labels(picture: Picture) -> list[str] | None:
+def _box_labels(sample: Sample) -> list[str] | None:
     """The classes of an image's boxes; None where its json, if there is any, lists none."""
     try:
-        boxes = json.loads(picture.sample.members.get("json", b"{}"))["boxes"]
+        boxes = json.loads(sample.members.get("json", b"{}"))["boxes"]
         return sorted({str(box["label"]) for box in boxes}) or None
     except (ValueError, KeyError, TypeError):
         return None
 
 
-def _rows(context: Context, layer: str, images: dict[str, Any], activation: Tensor) -> pa.Table:
-    maps, height, width = (*activation.shape[1:], 1, 1)[:3]
-    count, config = len(activation), context.config
+def _rows(context: Context, layer: str, images: dict[str, Any], rows: list[Row]) -> pa.Table:
+    count, config = len(rows), context.config
+    maps, height, width = zip(*(shape for shape, _ in rows), strict=True)
     columns = {
         **images,
         "layer": [layer] * count,
+        "scale": [config.scale] * count,
+        "stride": [None if config.scale is None else config.stride] * count,
         "pool": [config.pool] * count,
-        "maps": [maps] * count,
-        "map_height": [height] * count,
-        "map_width": [width] * count,
-        "features": tables.flat_lists(list(pooled(activation, config.pool)), pa.float32()),
+        "maps": maps,
+        "map_height": height,
+        "map_width": width,
+        "features": tables.flat_lists([vector for _, vector in rows], pa.float32()),
     }
     return tables.conform(columns, SCHEMA)
 
@@ -234,6 +285,7 @@ ANALYSIS = Analysis(
     slices=slices,
     samples=samples,
     setup=setup,
+    prepare=prepare,
     map_batch=map_batch,
     reduce_part=reduce_part,
     fold=fold,

@@ -23,6 +23,7 @@ from pipeline.context import Batch, Context, Picture
 from pipeline.projections import SEMANTICS_COLUMNS, cut_to_image, png, projection_columns, semantics_columns, stored
 from pipeline.runs import RunError, require_at_least_one
 from pipeline.storage import Location
+from pipeline.views import Seen
 from zfnet import deconv
 from zfnet.deconv import Cells, Semantics
 from zfnet.occlusion import Grid, Sensitivity, blurred, sensitivity
@@ -257,7 +258,7 @@ def filled(context: Context, batch: Batch) -> Tensor:
     return preprocessing.normalise(shown[None])[0]
 
 
-def target_class(context: Context, picture: Picture) -> int | None:
+def target_class(context: Context, picture: Picture | Seen) -> int | None:
     """The label, where the images' classes are the network's own."""
     label = picture.sample.label
     same_classes = context.index.classes == context.model.classes

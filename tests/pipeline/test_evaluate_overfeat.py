@@ -14,47 +14,19 @@ from pipeline.analyses import evaluation
 from pipeline.cluster import Workers
 from pipeline.context import Options
 from pipeline.runs import Run, RunError
-from pipeline.shards import Index, index_shards
-from tests.conftest import CLASSES, jpeg
+from pipeline.shards import Index
 from tests.pipeline.exact import assert_same
-from tests.tars import write_tar
-from zfnet import models
+from tests.pipeline.overfeat import SIZES, overfeat_run, photos
 from zfnet.dense import SCALES, Sliding
-from zfnet.images import Preprocessing
-
-SIZES = [(80, 96), (96, 80), (90, 90), (60, 200), (80, 96), (120, 150), (96, 80)]  # height, width
 
 
 def table(run, name="predictions"):
     return pd.read_parquet(run / "results" / name)
 
 
-def overfeat_run(path, name="overfeat_fast_small", seed=0, classes=CLASSES):
-    """A run of a random OverFeat network whose windows disagree, with a mean for each pixel."""
-    torch.manual_seed(seed)
-    network = models.build(name, len(classes)).eval()
-    for layer in network.children():
-        if isinstance(layer, torch.nn.Conv2d):
-            torch.nn.init.kaiming_normal_(layer.weight)
-            torch.nn.init.normal_(layer.bias, std=0.1)
-    mean = 100 + 50 * torch.rand(3, network.resize_px, network.resize_px)
-    std = torch.full((3, 1, 1), 60.0)
-    preprocessing = Preprocessing(resize_px=network.resize_px, crop_px=network.input_px, mean=mean, std=std)
-    Run.at(str(path)).save_model(network, architecture=name, classes=classes, preprocessing=preprocessing, about={})
-    return path
-
-
 @pytest.fixture
 def data(tmp_path):
-    folder, rng = tmp_path / "data", np.random.default_rng(0)
-    folder.mkdir()
-    pictures = [
-        (f"k{i}", {"jpg": jpeg(rng, *size), "cls": str(i % len(CLASSES)).encode()}) for i, size in enumerate(SIZES)
-    ]
-    write_tar(folder / "val-0.tar", pictures)
-    (folder / "classes.txt").write_text("\n".join(CLASSES) + "\n")
-    index_shards([str(folder / "val-0.tar")], str(folder), classes=None, accept_damaged=False)
-    return folder
+    return photos(tmp_path / "data")
 
 
 def evaluate(run, data, *, others=(), num=0, name=None, **config):
