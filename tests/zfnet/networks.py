@@ -6,6 +6,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torchvision import models
 
+from zfnet.models import build
+
 
 def zfnet_like(maps=(6, 8, 10, 10, 8), normalisation=True, classes=None, input_px=224) -> nn.Sequential:
     """ZFNet in form A (PAPERS 1.2): zero-pad right and bottom, ceil-mode pools; a few maps a layer."""
@@ -38,6 +40,17 @@ def zfnet_like(maps=(6, 8, 10, 10, 8), normalisation=True, classes=None, input_p
         if isinstance(module, nn.Conv2d | nn.Linear):  # torch's default fades the image away over eight layers
             nn.init.kaiming_normal_(module.weight)
     return layers.eval()
+
+
+def overfeat(name: str, classes: int = 5) -> nn.Sequential:
+    """One of OverFeat's networks in float64, with weights under which all layers fire."""
+    torch.manual_seed(0)
+    network = build(name, classes).double().eval()
+    for layer in network.children():
+        if isinstance(layer, nn.Conv2d):
+            nn.init.kaiming_normal_(layer.weight)
+            nn.init.normal_(layer.bias, std=0.1)
+    return network
 
 
 def torchvision_network(name: str, seed: int) -> nn.Module:

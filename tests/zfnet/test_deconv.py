@@ -345,9 +345,17 @@ def test_multiply_adds_are_counted_as_they_are_done(scattered):
 # --- against captum --------------------------------------------------------------------------------------------------
 
 
+class Whole(fx.Tracer):
+    """Does not look into convolutions, those of our own class either."""
+
+    def is_leaf_module(self, m, module_qualified_name):
+        return isinstance(m, nn.Conv2d) or super().is_leaf_module(m, module_qualified_name)
+
+
 def up_to(model: nn.Module, graph, layer: str) -> nn.Module:
     """The model cut off at a layer's activation, without in-place ReLUs (captum's hooks do not bear them)."""
-    cut = fx.symbolic_trace(copy.deepcopy(model))
+    model = copy.deepcopy(model)
+    cut = fx.GraphModule(model, Whole().trace(model))
     wanted = graph.activation_of(layer)
     node = next(n for n in cut.graph.nodes if wanted in (n.name, n.target))
     cut.graph.output_node().args = (node,)

@@ -5,16 +5,18 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
+from networks import overfeat
 from PIL import Image
 from torch import nn
 
-from tests.zfnet.test_overfeat import SMALL, random
 from zfnet import models
 from zfnet.activations import NotFinite
 from zfnet.dense import SCALES, Sliding, interleave, slide, strongest
 from zfnet.images import Preprocessing
 from zfnet.models.layers import Network
 from zfnet.models.overfeat import OVERFEAT_ACCURATE_SMALL, OVERFEAT_FAST_SMALL
+
+SMALL = ("overfeat_fast_small", "overfeat_accurate_small")
 
 # PAPERS 3.4, the run of the accurate model: image, maps before and after the last pool, of each offset's classifier,
 # and interleaved. Scale 5 as corrected: the table prints 32x35 and 10x11.
@@ -104,7 +106,7 @@ def test_without_padding_every_cell_is_the_score_of_its_window_exactly(table, st
 @torch.no_grad()
 def test_with_padding_the_head_sees_the_window_of_the_maps_that_enter_the_last_pool(name) -> None:
     """What is left to compare where convolutions pad: pool and linear layers, by their definition, on each window."""
-    network = random(name)
+    network = overfeat(name)
     sliding = Sliding(network)
     x = torch.randn(1, 3, *(sliding.window_px + n for n in (29, 45)), dtype=torch.float64)
     maps, scores = sliding.beneath(x), sliding.scores(sliding.pooled(x, "fine"))
@@ -124,7 +126,7 @@ def test_with_padding_the_head_sees_the_window_of_the_maps_that_enter_the_last_p
 @pytest.mark.parametrize("name", SMALL)
 @torch.no_grad()
 def test_an_image_of_one_window_has_the_networks_own_scores(name) -> None:
-    network = random(name)
+    network = overfeat(name)
     x = torch.randn(2, 3, network.input_px, network.input_px, dtype=torch.float64)
     sliding = Sliding(network)
     torch.testing.assert_close(
@@ -146,7 +148,7 @@ def test_interleaving_puts_the_offsets_of_figure_3_side_by_side() -> None:
 
 @torch.no_grad()
 def test_another_head_and_every_activation_come_out_as_the_scores_do() -> None:
-    network = random("overfeat_accurate_small")
+    network = overfeat("overfeat_accurate_small")
     sliding = Sliding(network)
     x = torch.randn(2, 3, 100, 118, dtype=torch.float64)
     pooled = sliding.pooled(x, "fine")
