@@ -3,15 +3,17 @@
 python -m benchmarks.dense [--quick] [--network overfeat_accurate] [--scale 6] [--device cuda]
 
 One image of the scale, every window of the fine stride: 630 for the accurate model at scale 6. Windows go through the
-network one by one, and so many at a time (--batch) that this is fastest. Random weights: values do not matter to time.
---quick takes the small network and fewer repeats. The last line is one JSON object; `ratio` is the time of the faster
-way of running windows over that of the dense one, `multiply_adds_ratio` the same in counted multiply-adds.
+network one by one, and --batch at a time; --sample of them are measured, and the time is that of all in proportion.
+Random weights: values do not matter to time. --quick takes the small network. The last line is one JSON object; `ratio`
+is the time of the faster way of running windows over that of the dense one, `multiply_adds_ratio` the same in counted
+multiply-adds.
 """
 
 import argparse
 import json
 import time
 from collections.abc import Callable
+from functools import partial
 from statistics import median
 
 import torch
@@ -27,27 +29,23 @@ def dense(sliding: Sliding, x: Tensor) -> Tensor:
     return sliding.scores(sliding.pooled(x, "fine"))[0]
 
 
-def by_windows(network: models.Classifier, sliding: Sliding, x: Tensor, batch: int) -> Tensor:
-    """The same from every window by itself (near to it: the padding of convolutions differs)."""
+def by_windows(network: models.Classifier, sliding: Sliding, x: Tensor, places: list[int], batch: int) -> Tensor:
+    """[len(places), classes] of the windows of these numbers, each by itself."""
     side, step = sliding.window_px, sliding.step_px["fine"]
-    rows, cols = ((size - side) // step + 1 for size in x.shape[2:])
-    places = [(row * step, col * step) for row in range(rows) for col in range(cols)]
-    scores = []
-    for start in range(0, len(places), batch):
-        some = places[start : start + batch]
-        scores.append(network(torch.cat([x[:, :, i : i + side, j : j + side] for i, j in some])))
-    return torch.cat(scores).T.reshape(-1, rows, cols)
+    cols = (x.shape[3] - side) // step + 1
+    corners = [(step * (place // cols), step * (place % cols)) for place in places]
+    windows = [x[:, :, top : top + side, left : left + side] for top, left in corners]
+    return torch.cat([network(torch.cat(windows[start : start + batch])) for start in range(0, len(windows), batch)])
 
 
 def milliseconds(run: Callable[[], Tensor], repeats: int) -> float:
-    """Median, after one run to warm up where there are several."""
+    """Median, after one run to warm up."""
     times = []
-    for repeat in range(repeats + (repeats > 1)):
+    for repeat in range(repeats + 1):
         start = time.perf_counter()
-        result = run()
-        if result.is_cuda:
+        if run().is_cuda:
             torch.cuda.synchronize()
-        if repeat or repeats == 1:
+        if repeat:
             times.append(1e3 * (time.perf_counter() - start))
     return median(times)
 
@@ -73,6 +71,8 @@ def main() -> None:
     parser.add_argument("--network", default=None)
     parser.add_argument("--scale", type=int, default=6)
     parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--sample", type=int, default=64)
+    parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--device", default="cpu")
     options = parser.parse_args()
     name = options.network or ("overfeat_accurate_small" if options.quick else "overfeat_accurate")
@@ -82,9 +82,11 @@ def main() -> None:
     network = models.build(name).eval().to(options.device)
     sliding = Sliding(network)
     x = torch.randn(1, 3, *sliding.sides_px(options.scale)).to(options.device)
-    dense_ms = milliseconds(lambda: dense(sliding, x), 3 if options.quick else 5)
+    places = [number * windows // options.sample for number in range(options.sample)]
+    dense_ms = milliseconds(lambda: dense(sliding, x), options.repeats)
     found = {
-        batch: milliseconds(lambda batch=batch: by_windows(network, sliding, x, batch), 1)  # type: ignore[misc]
+        batch: milliseconds(partial(by_windows, network, sliding, x, places, batch), options.repeats)
+        * (windows / len(places))
         for batch in (1, options.batch)
     }
     windows_ms = min(found.values())
@@ -98,6 +100,7 @@ def main() -> None:
                 "network": name,
                 "scale": options.scale,
                 "windows": windows,
+                "measured_windows": len(places),
                 "dense_ms": dense_ms,
                 "windows_ms": windows_ms,
                 "ratio": windows_ms / dense_ms,

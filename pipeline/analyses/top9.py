@@ -25,6 +25,7 @@ from pipeline.runs import RunError, require_at_least_one
 from pipeline.storage import Location
 from zfnet.activations import NONE, Statistics, Strongest, TopK, edges, strongest
 from zfnet.graph import UnknownLayer
+from zfnet.models.layers import is_convolution
 from zfnet.receptive import receptive_field
 
 MAXIMA_BYTES = 6
@@ -153,7 +154,7 @@ def further(context: Context) -> tuple[str, ...]:
 def slices(context: Context) -> list[str]:
     """The layers to sweep. Raises: UnknownLayer."""
     layers = list(context.config.layers) or [
-        name for name in context.graph.layers if context.graph[name].kind == "conv"
+        name for name in context.graph.layers if is_convolution(context.graph[name].module)
     ]
     if not layers:
         raise UnknownLayer(f"this network has no convolution: give --layers, of {', '.join(context.graph.layers)}")
