@@ -17,7 +17,7 @@ from pipeline.context import Options
 from pipeline.errors import SweepFailed
 from pipeline.runs import Run, RunError
 from pipeline.shards import Index
-from tests.conftest import CLASSES
+from tests.conftest import CLASSES, ROOT
 from tests.pipeline.exact import assert_same
 from tests.pipeline.overfeat import SIZES, overfeat_run, photos
 from zfnet.dense import Sliding
@@ -126,6 +126,11 @@ def test_networks_that_do_not_slide_have_no_maps(make_run, data):
         run_job(dense_maps, make_run(), data, {})
     with pytest.raises(RunError, match="zfnet_small takes images of one size"):
         run_job(features, make_run(), data, {"scale": 1})
+
+
+def test_the_docs_name_every_column():
+    text = (ROOT / "docs" / "overfeat.md").read_text()
+    assert [name for name in dense_maps.SCHEMA.names if f"`{name}`" not in text] == []
 
 
 # ------------------------------------------------------------------------------------------------------------ features
