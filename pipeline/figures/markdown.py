@@ -1,0 +1,88 @@
+"""The paper's tables as Markdown: a run's numbers, and under them the paper's own, which are of other images."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+from pipeline.figures import paper
+from pipeline.figures.source import Missing, Row, Source
+
+Rows = list[list[str]]
+
+
+def write(source: Source) -> tuple[str, list[str]]:
+    """The text, and what is missing of it."""
+    text, missing = [], []
+    for title, make in TABLES.items():
+        try:
+            text.append(f"## {title}\n\n{make(source)}")
+        except Missing as error:
+            missing.append(f"{title}: {error}")
+    return "# Tables\n\n" + "\n\n".join(text) + "\n", missing
+
+
+def _table(header: Sequence[str], rows: Rows) -> str:
+    lines = [list(header), ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(_cell(cell) for cell in line) + " |" for line in lines)
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("\n", " ")
+
+
+def _both(header: Sequence[str], rows: Rows, paper_header: Sequence[str], paper_rows: Rows) -> str:
+    return f"{_table(header, rows)}\n\nThe paper's:\n\n{_table(paper_header, paper_rows)}"
+
+
+def _correspondence(source: Source) -> str:
+    found = source.rows("correspondence", ["layer", "part", "mean", "std_pairs"])
+    layers = list(dict.fromkeys(row["layer"] for row in found))
+    cells = {(row["part"], row["layer"]): _spread(row["mean"], row["std_pairs"], ".3f") for row in found}
+    parts = dict.fromkeys(row["part"] for row in found)
+    rows = [[part, *(cells.get((part, layer), "-") for layer in layers)] for part in parts]
+    return _both(["hidden part", *layers], rows, ["hidden part", "layer 5", "layer 7"], paper.CORRESPONDENCE)
+
+
+def _errors(source: Source) -> str:
+    found = source.rows("evaluation", ["views", "with_model_ids", "images", "top1_error", "top5_error"])
+    rows = [
+        [_evaluated(source, row), *(f"{100 * row[f'top{k}_error']:.1f}" for k in (1, 5)), str(row["images"])]
+        for row in found
+    ]
+    header = ["", "top-1 error", "top-5 error", "images"]
+    return _both(header, rows, ["ImageNet 2012, validation", "top-1 error", "top-5 error"], paper.IMAGENET)
+
+
+def _evaluated(source: Source, row: Row) -> str:
+    others = len(row["with_model_ids"])
+    return f"{source.run.location.name}, {row['views']} views" + (f", with {others} other networks" if others else "")
+
+
+def _transfer(source: Source) -> str:
+    found = source.rows("transfer", ["layer", "classifier", "images_per_class", "accuracy", "spread"])
+    counts = sorted({row["images_per_class"] for row in found})
+    lines: dict[str, dict[int, str]] = {}
+    for row in found:
+        cells = lines.setdefault(f"{row['classifier']} ({row['layer']})", {})
+        cells[row["images_per_class"]] = _spread(100 * row["accuracy"], 100 * row["spread"], ".1f")
+    rows = [[name, *(cells.get(count, "-") for count in counts)] for name, cells in lines.items()]
+    theirs = [
+        _table(["Caltech-101", "15 of each class", "30"], paper.CALTECH101),
+        _table(["Caltech-256", "15 of each class", "30", "45", "60"], paper.CALTECH256),
+        _table(["by layer", "Caltech-101, 30 of each class", "Caltech-256, 60"], paper.LAYERS),
+    ]
+    ours = _table(["classifier (layer)", *(f"{count} of each class" for count in counts)], rows)
+    return "\n\n".join([ours, "The paper's:", *theirs])
+
+
+def _spread(mean: float, spread: float, form: str) -> str:
+    """Mean and spread; the mean alone where there is no spread."""
+    return f"{mean:{form}}" + ("" if math.isnan(spread) else f" +- {spread:{form}}")
+
+
+TABLES: dict[str, Callable[[Source], str]] = {
+    "Table 1: correspondence, mean feature sign change": _correspondence,
+    "Table 2: classification errors, in percent": _errors,
+    "Tables 4, 5 and 7: transfer, accuracy in percent": _transfer,
+}

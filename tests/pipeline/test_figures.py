@@ -1,0 +1,215 @@
+"""Figures: what they show is what the tables hold; what is missing is named; the same tables give the same bytes."""
+
+import dataclasses
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pytest
+import torch
+from PIL import Image
+
+from pipeline import sweep, tables
+from pipeline.analyses import correspondence, deconv, evaluation, invariance, occlusion, top9, transfer
+from pipeline.cluster import Workers
+from pipeline.context import Options
+from pipeline.figures import book, filters, markdown, masks, paper, sheet, source, tiles
+from pipeline.figures import evolution as evolution_figure
+from pipeline.figures import invariance as invariance_figure
+from pipeline.figures import occlusion as occlusion_figure
+from pipeline.figures import top9 as top9_figure
+from pipeline.figures import transfer as transfer_figure
+from pipeline.runs import Run, RunError
+from pipeline.shards import index_shards
+from tests.conftest import random_model, samples
+from tests.tars import write_tar
+from zfnet.images import Preprocessing
+
+HOSTILE = "$x_{ & 🦊 \u202e\u05e9\u05dc"
+CLASSES = ("red", HOSTILE, "blue")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run with the tables of figures 2, 5, 6 and 7, as the jobs write them."""
+    folder = tmp_path_factory.mktemp("figures")
+    write_tar(folder / "val-0.tar", samples(14))
+    (folder / "classes.txt").write_text("\n".join(CLASSES) + "\n")
+    index_shards([str(folder / "val-0.tar")], str(folder), classes=None, accept_damaged=False)
+    made = Run.at(str(folder / "run"))
+    preprocessing = Preprocessing(resize_px=72, crop_px=64, mean=torch.full((3, 1, 1), 120.0))
+    made.save_model(random_model(), architecture="zfnet_small", classes=CLASSES, preprocessing=preprocessing, about={})
+    options = Options(run=str(made.location), data=str(folder), workers=Workers(num=0))
+    layers = ("conv1", "conv2")
+    for analysis, config in (
+        (top9.ANALYSIS, top9.Config(layers=layers)),
+        (deconv.ANALYSIS, deconv.Config(layers=layers)),
+        (occlusion.ANALYSIS, occlusion.Config(first=2, stride_px=16)),
+        (
+            invariance.ANALYSIS,
+            invariance.Config(first=2, layers=("conv1", "fc7"), rotations_deg=(0, 90), scales=(1, 1.5)),
+        ),
+        (evaluation.ANALYSIS, evaluation.Config()),
+    ):
+        assert sweep.run(analysis, options, config) == 0
+    return made
+
+
+def finish(run, table, slice_, schema, columns):
+    length = len(next(iter(columns.values())))
+    filled = {field.name: columns.get(field.name, [_plain(field)] * length) for field in schema}
+    rows = tables.conform(filled, schema)
+    tables.write(rows, run.slice(table, slice_))
+    run.finish(table, slice_, {"rows": length}, run.location / "staging")
+
+
+def _plain(field):
+    """Some value of the column's type."""
+    text = str(field.type)
+    if text.startswith("list"):
+        return []
+    return {"string": "s", "bool": True, "binary": b""}.get(text, 1)
+
+
+def shown(run, images=5, against=None):
+    return source.Source(run, against, images, seed=0)
+
+
+def frame(run, table):
+    return pd.read_parquet(f"{run.location}/results/{table}")
+
+
+def test_figure_2_shows_each_maps_nine_projections_and_patches(run):
+    drawn = dict(top9_figure.draw(shown(run)))
+    assert list(drawn) == ["figure2_conv1", "figure2_conv2"]
+    projections, patches = (axis.images[0].get_array() for axis in drawn["figure2_conv2"].axes)
+    maps = [int(text.get_text()) for text in drawn["figure2_conv2"].axes[0].texts]
+    table = frame(run, "deconv").query("layer == 'conv2'")
+    assert len(maps) == 16
+    assert set(maps) <= set(table.feature_map)
+    step = 3 * 48 + 2 * 2 + 14
+    for place, number in enumerate(maps):
+        nine = table[table.feature_map == number].sort_values("rank").to_dict("records")
+        for rank, row in enumerate(nine):
+            top, left = step * (place // 4) + 50 * (rank // 3), step * (place % 4) + 50 * (rank % 3)
+            for sheet_, tile in ((projections, tiles.projection_tile), (patches, tiles.patch_tile)):
+                expected = sheet.on_white(tile(row, 64, 48))
+                np.testing.assert_array_equal(sheet_[top : top + 48, left : left + 48], expected)
+
+
+def test_figure_5_has_a_line_for_each_image_in_each_panel(run):
+    ((_, figure),) = invariance_figure.draw(shown(run))
+    table = frame(run, "invariance")
+    panels = [axis for axis in figure.axes if axis.lines]
+    assert len(panels) == 3 * table["transform"].nunique()
+    for axis in panels:
+        assert len(axis.lines) == 2
+    first = table[(table.layer == "fc7") & (table["transform"] == "vertical")].sort_values("amount")
+    for line, key in zip(panels[1].lines, table.key.unique(), strict=True):
+        rows = first[first.key == key]
+        np.testing.assert_array_equal(line.get_xdata(), rows.amount)
+        np.testing.assert_array_equal(line.get_ydata(), rows.distance)
+
+
+def test_figure_6_puts_two_runs_side_by_side(run):
+    ((_, alone),) = filters.draw(shown(run))
+    ((_, both),) = filters.draw(shown(run, against=run))
+    assert (len(alone.axes), len(both.axes)) == (2, 4)
+    weights = run.load_model().network.conv1.weight.detach().permute(0, 2, 3, 1).numpy()
+    pixels = alone.axes[0].images[0].get_array()
+    large = 32 // 7
+    first = np.rint(255 * (weights[0] / (2 * np.abs(weights).max()) + 0.5))
+    np.testing.assert_array_equal(pixels[: 7 * large : large, : 7 * large : large], first)
+
+
+def test_figure_7_shows_the_three_maps_of_each_image(run):
+    ((_, figure),) = occlusion_figure.draw(shown(run, images=1))
+    row = frame(run, "occlusion").iloc[0]
+    grid = (row.grid_rows, row.grid_cols)
+    image, activation, projections, probability, _ = (axis.images[0].get_array() for axis in figure.axes[:5])
+    np.testing.assert_array_equal(activation, row.activation_map.reshape(grid))
+    np.testing.assert_array_equal(probability, row.probability_map.reshape(grid))
+    whole = tiles.image_of(row.to_dict())
+    hidden = (image != whole).any(-1)
+    assert 0 < hidden.sum() <= row.occluder_px * row.occluder_width_px
+    assert (image[hidden] == occlusion_figure.GREY).all()
+    assert projections.shape == (64, 2 * 64 + 4, 3) or projections.shape == (2 * 64 + 4, 2 * 64 + 4, 3)
+
+
+def test_figures_of_tables_that_other_data_gives(run, tmp_path):
+    other = Run.at(str(tmp_path / "other"))
+    png = frame(run, "occlusion").image_png.iloc[0]
+    finish(other, "correspondence_images", "images", correspondence.IMAGES, {
+        "key": ["a"], "parts": [["eye", "random"]], "mask_tops": [[4, 30]], "mask_lefts": [[8, -3]], "mask_px": [10],
+        "image_png": [png],
+    })  # fmt: skip
+    finish(other, "correspondence", "conv5", correspondence.CORRESPONDENCE, {
+        "layer": ["conv5"] * 2, "part": ["eye", "random"], "mean": [0.25, 0.5], "std_pairs": [0.125, 0.0625],
+    })  # fmt: skip
+    finish(other, "transfer", "conv5", transfer.SCHEMA, {
+        "layer": ["conv5"] * 3, "classifier": ["svm"] * 3, "images_per_class": [30, 5, 1],
+        "accuracy": [0.75, 0.5, 0.25], "spread": [0.01, 0.02, None],
+    })  # fmt: skip
+    ((_, figure),) = masks.draw(shown(other))
+    original, eye, random = (axis.images[0].get_array() for axis in figure.axes)
+    assert (eye[4:14, 8:18] == masks.GREY).all()
+    assert (random[30:40, :7] == masks.GREY).all()
+    np.testing.assert_array_equal(random[:, 7:], original[:, 7:])
+    ((_, figure),) = transfer_figure.draw(shown(other, against=other))
+    points = figure.axes[0].containers[0].lines[0]
+    np.testing.assert_array_equal(points.get_xdata(), [1, 5, 30])
+    np.testing.assert_array_equal(points.get_ydata(), [25, 50, 75])
+    text, missing = markdown.write(shown(other))
+    assert "| eye | 0.250 +- 0.125 |" in text
+    assert "| svm (conv5) | 25.0 | 50.0 +- 2.0 | 75.0 +- 1.0 |" in text
+    assert all(" | ".join(line) in text for line in paper.CORRESPONDENCE)
+    assert [line.split(":")[0] for line in missing] == ["Table 2"]
+
+
+def test_figure_4_has_a_row_for_each_map_and_a_column_for_each_epoch(run, tmp_path):
+    rows = frame(run, "deconv").query("layer == 'conv2' and rank == 1").head(3)
+    columns = ["layer", "feature_map", *tiles.PLACE, *tiles.PROJECTION]
+    schema = deconv.schema(deconv.Config(values="float32"))
+    schema = pa.schema([pa.field("epoch", pa.int32()), *(schema.field(name) for name in columns)])
+    twice = pd.concat([rows.assign(epoch=1), rows.assign(epoch=5).head(2)])
+    other = Run.at(str(tmp_path / "other"))
+    (other.location / "run.json").write((run.location / "run.json").read())
+    finish(other, "evolution", "conv2", schema, {name: list(twice[name]) for name in schema.names})
+    ((_, figure),) = evolution_figure.draw(shown(other))
+    pixels = figure.axes[0].images[0].get_array()
+    assert pixels.shape[:2] == (3 * 66 - 2, 2 * 66 - 2)
+    first = sheet.on_white(tiles.projection_tile(rows.iloc[0].to_dict(), 64, 64))
+    np.testing.assert_array_equal(pixels[:64, :64], first)
+    np.testing.assert_array_equal(pixels[:64, 66:], first)
+    assert (pixels[2 * 66 :, 66:] == sheet.WHITE).all()  # not shown in the later epoch
+    assert [text.get_text() for text in figure.axes[0].texts] == ["1", "5"]
+
+
+def test_all_of_it_is_written_and_the_same_tables_give_the_same_bytes(run, tmp_path, capsys):
+    options = book.Options(run=str(run.location), out=str(tmp_path / "one"), images=2)
+    book.draw(options)
+    said = capsys.readouterr().out
+    assert "no figure 4: there is no table evolution: python jobs/evolution.py --run" in said
+    assert "no figure 8: there is no table correspondence_images: python jobs/correspondence.py --run" in said
+    names = {path.name for path in (tmp_path / "one").iterdir()}
+    stems = {"figure2_conv1", "figure2_conv2", "figure5", "figure6", "figure7"}
+    assert names == {f"{stem}.{kind}" for stem in stems for kind in ("png", "pdf")} | {"tables.md"}
+    assert all(Image.open(tmp_path / "one" / f"{stem}.png").width > 300 for stem in stems)
+    assert "centre views |" in (tmp_path / "one" / "tables.md").read_text()
+    book.draw(dataclasses.replace(options, out=str(tmp_path / "two")))
+    assert all((tmp_path / "two" / name).read_bytes() == (tmp_path / "one" / name).read_bytes() for name in names)
+
+
+def test_a_run_without_tables_is_refused(make_run):
+    with pytest.raises(RunError, match="none of the tables that figures are drawn from"):
+        book.draw(book.Options(run=str(make_run())))
+    with pytest.raises(RunError, match="--images is 0"):
+        book.Options(images=0)
+
+
+def test_the_maps_shown_depend_on_the_seed_alone(run):
+    numbers = list(range(40))
+    first = shown(run).chosen(numbers, 9)
+    assert first == shown(run).chosen(reversed(numbers), 9) == sorted(first)
+    assert first != source.Source(run, None, 5, seed=1).chosen(numbers, 9)
+    assert shown(run).chosen([3, 1, 3], 9) == [1, 3]
