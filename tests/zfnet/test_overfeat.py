@@ -105,6 +105,11 @@ def test_at_its_own_size_the_layers_that_slide_are_linear_layers_of_the_same_wei
 
 
 @pytest.mark.parametrize("name", SMALL)
+def test_weights_say_the_number_of_classes(name) -> None:
+    assert models.classes_of(models.build(name, 3), models.build(name, 8).state_dict()) == 8
+
+
+@pytest.mark.parametrize("name", SMALL)
 def test_a_larger_image_has_the_largest_score_of_its_windows(name) -> None:
     network = overfeat(name)
     side = network.input_px + 41
