@@ -55,7 +55,7 @@ class PartActor:
             if token is not None:
                 require_visible(token)
             self.analysis: Analysis = importlib.import_module(module).ANALYSIS
-            context = open_context(options, config, self.analysis.table, self.device)
+            context = open_context(options, config, self.analysis.table, self.device, self.analysis.model)
             self.work = Work.of(context, self.analysis, slices)
             self.work.require_environment(self.device)
             self.state = self.analysis.setup(context, slices)

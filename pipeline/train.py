@@ -20,6 +20,7 @@ from typing import Any, Literal
 import torch
 
 from pipeline import cluster, metrics, tables
+from pipeline.checkpoints import EVOLUTION, claim_of
 from pipeline.cluster import Workers
 from pipeline.errors import SweepFailed
 from pipeline.loop import Plan, Trainer, describe
@@ -89,6 +90,8 @@ class Options:
     """Processes of each worker that decode images; default its number of CPUs, 0: the worker decodes itself."""
     checkpoint_steps: int = 1000
     """Steps between two checkpoints inside an epoch; each epoch's end has one anyway. It never changes a result."""
+    keep_epochs: tuple[int, ...] = EVOLUTION
+    """Epochs whose weights are kept for jobs/evolution.py, beside the last two; default the paper's of figure 4."""
     min_workers: int | None = None
     """Elastic training: start and go on with as few workers as this, and use up to --workers.num as nodes come."""
     tensorboard: bool = False
@@ -121,6 +124,7 @@ def run(options: Options) -> int:
                 device="cpu",
                 decoders=options.decoders or 0,
                 checkpoint_steps=options.checkpoint_steps,
+                keep_epochs=options.keep_epochs,
             )
             trainer.run()
         else:
@@ -195,11 +199,6 @@ def _recipe(options: Options) -> Recipe:
         return replace(preset, **{name: value for name, value in given.items() if value is not None})
     except ValueError as error:
         raise RunError(str(error)) from None
-
-
-def claim_of(directory: Run) -> Location:
-    """The file that says what a run directory is training."""
-    return directory.location / "checkpoints" / "training.json"
 
 
 def _claim(directory: Run, plan: Plan) -> None:
@@ -286,6 +285,7 @@ def _on_ray(options: Options, plan: Plan, directory: Run) -> None:
             "decoders": decoders,
             "threads": max(1, resources.cpus // 2),
             "checkpoint_steps": options.checkpoint_steps,
+            "keep_epochs": options.keep_epochs,
         }
         most = None if least is None else options.workers.num
         cluster.fit(_worker, config, resources, MAX_FAILURES, most)
@@ -304,6 +304,7 @@ def _worker(config: dict[str, Any]) -> None:
         device=device,
         decoders=config["decoders"],
         checkpoint_steps=config["checkpoint_steps"],
+        keep_epochs=config["keep_epochs"],
     )
     trainer.run()
 
