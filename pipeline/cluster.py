@@ -141,9 +141,7 @@ def resolve(workers: Workers) -> Resources:
     share = -(-workers.num // len(usable)) if workers.num else 1
     per_node = [max(share, int(node["GPU"] // gpus)) if gpus else share for node in usable]
     cpus = workers.cpus or max(1, int(min(node["CPU"] // n for node, n in zip(usable, per_node, strict=True))))
-    room = sum(
-        int(min(node["CPU"] // cpus, node.get("GPU", 0) // gpus if gpus else node["CPU"] // cpus)) for node in usable
-    )
+    room = _room(usable, cpus, gpus)
     num = workers.num or max(1, min(room, sum(per_node)))
     if num > room:
         raise CannotSchedule(
@@ -151,6 +149,19 @@ def resolve(workers: Workers) -> Resources:
             "for fewer workers, or fewer CPUs or GPUs for each (--workers.num, --workers.cpus, --workers.gpus)"
         )
     return Resources(num, cpus, gpus)
+
+
+def _room(usable: list[dict[str, float]], cpus: int, gpus: float) -> int:
+    """How many workers of this size fit on these nodes at once."""
+    return sum(
+        int(min(node["CPU"] // cpus, node.get("GPU", 0) // gpus if gpus else node["CPU"] // cpus)) for node in usable
+    )
+
+
+def groups_at_once(resources: Resources) -> int:
+    """How many jobs of these workers fit on the cluster at once."""
+    usable = [node for node in nodes() if node.get("CPU", 0) >= 1]
+    return max(1, _room(usable, resources.cpus, resources.gpus) // resources.num)
 
 
 def _describe(found: list[dict[str, float]]) -> str:

@@ -37,17 +37,13 @@ MAX_FAILURES = 3
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options:
-    """What training takes; recipe fields that are not given are those of the network's preset."""
+class Common:
+    """What training takes, of whatever network; recipe fields that are not given are those of the network's preset."""
 
-    run: str = "runs/demo"
-    """Run directory to write: a local path, s3:// or gs://."""
     data: str = DEFAULT
     """Folder of the shards; the default is drawn if it is missing."""
     index: str | None = None
     """Folder of the shards' index, where it is not in the folder of the shards."""
-    architecture: str = "zfnet_small"
-    """Network, by name."""
     preset: Literal["zfnet", "alexnet", "overfeat", "small", "foreign"] | None = None
     """Recipe that the following options change: a paper's, or one for small networks; default the network's own."""
     epochs: int | None = None
@@ -100,8 +96,22 @@ class Options:
     """What the job asks of the cluster."""
 
 
-def run(options: Options) -> int:
+@dataclass(frozen=True, kw_only=True)
+class Options(Common):
+    """What one training takes."""
+
+    run: str = "runs/demo"
+    """Run directory to write: a local path, s3:// or gs://."""
+    architecture: str = "zfnet_small"
+    """Network, by name."""
+
+
+def run(options: Options, label: str = "train") -> int:
     """Train, or go on. Returns the exit status: 0, or 3 above --max-skipped.
+
+    Args:
+        options: what is trained, on what and where.
+        label: what every line begins with that is said.
 
     Raises: RunError, BadShards, StorageError, CannotSchedule, SweepFailed, each with a message for the user.
     """
@@ -110,12 +120,12 @@ def run(options: Options) -> int:
     _refuse_places(options, directory)
     if (directory.location / "run.json").exists():
         _refuse_other(directory, directory.describe().get("training", {}), plan)
-        say(f"train: finished already: {directory.location}")
-        return _status(directory, plan, options.max_skipped)
+        say(f"{label}: finished already: {directory.location}")
+        return _status(directory, plan, options.max_skipped, label)
     _claim(directory, plan)
-    say(f"train: {json.dumps(asdict(plan))}")
+    say(f"{label}: {json.dumps(asdict(plan))}")
     started = time.time()
-    with _reporting(directory, plan.recipe.epochs, options.tensorboard):
+    with _reporting(directory, plan.recipe.epochs, options.tensorboard, label):
         if options.workers.num == 0:
             trainer = Trainer(
                 plan,
@@ -130,10 +140,10 @@ def run(options: Options) -> int:
         else:
             _on_ray(options, plan, directory)
     if not (directory.location / "run.json").exists():
-        raise SweepFailed(f"train: ended without a model in {directory.location}; give the same command again")
+        raise SweepFailed(f"{label}: ended without a model in {directory.location}; give the same command again")
     model_id = directory.describe()["model_id"]
-    say(f"train: model {model_id} after {time.time() - started:.1f} s: {directory.location}")
-    return _status(directory, plan, options.max_skipped)
+    say(f"{label}: model {model_id} after {time.time() - started:.1f} s: {directory.location}")
+    return _status(directory, plan, options.max_skipped, label)
 
 
 def _refuse_places(options: Options, directory: Run) -> None:
@@ -221,7 +231,7 @@ def _refuse_other(directory: Run, known: dict[str, Any], plan: Plan) -> None:
 
 
 @contextmanager
-def _reporting(directory: Run, epochs: int, tensorboard: bool) -> Iterator[None]:
+def _reporting(directory: Run, epochs: int, tensorboard: bool, label: str) -> Iterator[None]:
     """Say each epoch as its metrics appear, and the pace inside one, wherever the workers run."""
     stop = threading.Event()
     said = metrics.read(directory).num_rows
@@ -233,13 +243,13 @@ def _reporting(directory: Run, epochs: int, tensorboard: bool) -> Iterator[None]
             ended = stop.wait(1.0)
             rows = metrics.read(directory, said).to_pylist()
             for row in rows:
-                _say_epoch(row, epochs)
+                _say_epoch(row, epochs, label)
             if rows and tensorboard:
                 metrics.write_tensorboard(directory, rows)
             said += len(rows)
             now = metrics.pace(directory)
             if now and now != pace and not ended:
-                _say_pace(now, epochs)
+                _say_pace(now, epochs, label)
             pace = now
             if ended:
                 return
@@ -253,31 +263,34 @@ def _reporting(directory: Run, epochs: int, tensorboard: bool) -> Iterator[None]
         thread.join()
 
 
-def _say_pace(pace: dict[str, Any], epochs: int) -> None:
+def _say_pace(pace: dict[str, Any], epochs: int, label: str) -> None:
     epoch, step = divmod(pace["step"] - 1, pace["steps"])
     say(
-        f"train: epoch {epoch + 1}/{epochs}, step {step + 1}/{pace['steps']}  "
+        f"{label}: epoch {epoch + 1}/{epochs}, step {step + 1}/{pace['steps']}  "
         f"{pace['images_per_second']:.0f} images/s  waiting {pace['data_wait_share']:.0%}  "
         f"{clock(pace['seconds_left'])} left, validation apart"
     )
 
 
-def _say_epoch(row: dict[str, Any], epochs: int) -> None:
+def _say_epoch(row: dict[str, Any], epochs: int, label: str) -> None:
     left = clock(row["seconds"] * (epochs - row["epoch"]))
     say(
-        f"train: epoch {row['epoch']}/{epochs}  loss {row['train_loss']:.3f}  top-1 {row['validation_top1']:.1%}  "
+        f"{label}: epoch {row['epoch']}/{epochs}  loss {row['train_loss']:.3f}  top-1 {row['validation_top1']:.1%}  "
         f"top-5 {row['validation_top5']:.1%}  {row['images_per_second']:.0f} images/s  "
         f"waiting {row['data_wait_share']:.0%}  {left} left"
     )
+
+
+def least(options: Common) -> Workers:
+    """What a training needs to begin. Elastic: the smallest group; Ray Train adds workers as there is room for them."""
+    return options.workers if options.min_workers is None else replace(options.workers, num=options.min_workers)
 
 
 def _on_ray(options: Options, plan: Plan, directory: Run) -> None:
     """Train on the cluster with Ray Train."""
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
     with cluster.connected(options.address):
-        # Elastic: the smallest group must fit now; Ray Train adds workers as the cluster has room for them.
-        least = options.min_workers
-        resources = cluster.resolve(options.workers if least is None else replace(options.workers, num=least))
+        resources = cluster.resolve(least(options))
         decoders = options.decoders if options.decoders is not None else resources.cpus
         # Decoding takes about as much of a CPU as a small network does; torch's threads would only wait for it.
         config = {
@@ -287,7 +300,7 @@ def _on_ray(options: Options, plan: Plan, directory: Run) -> None:
             "checkpoint_steps": options.checkpoint_steps,
             "keep_epochs": options.keep_epochs,
         }
-        most = None if least is None else options.workers.num
+        most = None if options.min_workers is None else options.workers.num
         cluster.fit(_worker, config, resources, MAX_FAILURES, most)
 
 
@@ -309,10 +322,10 @@ def _worker(config: dict[str, Any]) -> None:
     trainer.run()
 
 
-def _status(directory: Run, plan: Plan, max_skipped: float) -> int:
+def _status(directory: Run, plan: Plan, max_skipped: float, label: str) -> int:
     """0, or 3 where a larger share of the samples of both splits was skipped than allowed."""
     location = directory.location / "results" / "skipped" / "train.parquet"
     skipped = tables.read(location).num_rows if location.exists() else 0
     if skipped:
-        say(f"train: {skipped} of {plan.samples} samples skipped; see results/skipped/train.parquet")
+        say(f"{label}: {skipped} of {plan.samples} samples skipped; see results/skipped/train.parquet")
     return EXIT_SKIPPED if skipped > max_skipped * plan.samples else 0
