@@ -114,6 +114,7 @@ def test_a_variant_that_fails_is_named_costs_no_other_and_goes_on(undisturbed, d
     assert not (run / "unfinished").exists() or not list((run / "unfinished").iterdir())
 
 
+@pytest.mark.slow
 def test_as_many_at_once_as_fit_on_the_cluster(undisturbed, data, tmp_path, ray_cluster, capsys):
     run = tmp_path / "run"
     given = {"workers": Workers(num=1, cpus=1), "decoders": 1}
