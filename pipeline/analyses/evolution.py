@@ -20,10 +20,10 @@ from pipeline import derive, sweep, tables
 from pipeline.analyses import deconv as deconv_table
 from pipeline.analyses import evolution_cells, evolution_convergence
 from pipeline.analyses.deconv import LayerCells
-from pipeline.analyses.evolution_cells import at_epoch, epoch_of, first_model, model_id
+from pipeline.analyses.evolution_cells import at_epoch, chosen_epochs, epoch_of, first_model, model_id
 from pipeline.analysis import Analysis, Finished
 from pipeline.context import Batch, Context, Options, open_context
-from pipeline.runs import RunError, require_at_least_one
+from pipeline.runs import Run, RunError, require_at_least_one
 from pipeline.sources.default import shards_or_default
 from pipeline.storage import Location
 from zfnet import deconv
@@ -242,6 +242,8 @@ def run(options: Options, config: Config) -> int:
     """
     resolved = options.resolved()
     shards_or_default(options.data, options.index)
+    # Chosen once: training may go on meanwhile.
+    config = replace(config, epochs=tuple(chosen_epochs(Run.at(options.run), config.epochs)))
     resolve(open_context(resolved, config, ANALYSIS.table, "cpu", first_model))  # what is refused is refused at once
     status = sweep.run(evolution_cells.ANALYSIS, options, config.cells)
     if options.plan and not _have_cells(resolved, config):

@@ -75,24 +75,24 @@ _READ = ["feature_map", "key", "top", "left", "height", "width", "cells"]
 _PROJECTION = ["projection", "projection_height", "projection_width"]
 
 
-def _last(run: Run, table: str) -> str:
-    """The slice of the last epoch shown."""
-    found = run.manifest(table)
+def _shown(run: Run, table: str) -> list[str]:
+    """The slices of the epochs shown whose checkpoints are still there, in order."""
+    there = checkpoints.finished(run)
+    found = sorted((slice_ for slice_ in run.manifest(table) if epoch_of(slice_) in there), key=epoch_of)
     if not found:
-        raise RunError(f"there is no table {table} in {run.location}: run jobs/evolution.py first")
-    return max(found, key=epoch_of)
+        raise RunError(f"there is no epoch to compare in {table} of {run.location}: run jobs/evolution.py first")
+    return found
 
 
 def last_model(run: Run, config: Config) -> Model:
     """The network at the last epoch shown."""
-    return checkpoints.load_model(run, epoch_of(_last(run, config.evolution)))
+    return checkpoints.load_model(run, epoch_of(_shown(run, config.evolution)[-1]))
 
 
 def slices(context: Context) -> list[str]:
     """Each epoch against the last one."""
-    table = context.config.evolution
-    last = _last(context.run, table)
-    return [f"{slice_}-against-{epoch_of(last):04d}" for slice_ in sorted(context.run.manifest(table), key=epoch_of)]
+    shown = _shown(context.run, context.config.evolution)
+    return [f"{slice_}-against-{epoch_of(shown[-1]):04d}" for slice_ in shown]
 
 
 def _pair(slice_: str) -> tuple[str, str]:
@@ -199,7 +199,7 @@ def report(run: str, name: str | None) -> None:
     """Say what the tables show: layer by layer the means over feature maps, epoch by epoch."""
     table, compared = (n if name is None else f"{n}-{name}" for n in ("evolution", "evolution_convergence"))
     found = Run.at(run)
-    last = epoch_of(_last(found, table))
+    last = epoch_of(_shown(found, table)[-1])
     cosine = pd.concat(
         tables.read(found.slice(compared, slice_)).to_pandas()
         for slice_ in found.manifest(compared)

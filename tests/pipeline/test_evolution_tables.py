@@ -227,6 +227,17 @@ def test_an_epoch_between_two_leaves_them_as_they_are(tmp_path, data):
     assert sorted(compared[compared.reference_epoch == 5].epoch.unique()) == [1, 3, 5]
 
 
+def test_an_epoch_whose_checkpoint_is_gone_stays_in_the_table(tmp_path, data):
+    run = trained(tmp_path / "run", {1: random_model(seed=1), 2: random_model(seed=2)})
+    evolved(run, data)
+    for epoch in (3, 4):  # training goes on, and keeps the first epoch and the last two
+        checkpoint(Run.at(str(run)), epoch, random_model(seed=epoch), keep=(1,))
+    _, found, compared = evolved(run, data, epochs=(1, 4))
+    assert sorted(found.epoch.unique()) == [1, 2, 4]
+    assert found[found.epoch == 4].previous_epoch.unique().tolist() == [2]
+    assert sorted(compared[compared.reference_epoch == 4].epoch.unique()) == [1, 4]
+
+
 def test_workers_do_not_matter(tmp_path, data, ray_cluster):
     models = {epoch: random_model(seed=epoch) for epoch in (1, 2)}
     run, other = (trained(tmp_path / name, models) for name in ("run", "other"))
