@@ -10,10 +10,13 @@ from __future__ import annotations
 
 import difflib
 import re
+import threading
 import traceback
+from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import suppress
 from dataclasses import dataclass, field, fields
+from queue import SimpleQueue
 from typing import Any
 
 import pandas as pd
@@ -251,13 +254,29 @@ def _trained(options: Options, variants: list[Variant]) -> Iterator[tuple[Varian
     with cluster.connected(options.address):
         together = cluster.groups_at_once(cluster.resolve(train.least(options)))
         say(f"ablation: {len(todo)} variants to train, {min(together, len(todo))} at a time")
-        pool = ThreadPoolExecutor(together)
-        try:
-            futures = {pool.submit(_outcome, options, variant): variant for variant in todo}
-            for future in as_completed(futures):
-                yield futures[future], future.result()
-        finally:  # on Ctrl-C none is begun any more, and those under way end with the connection
-            pool.shutdown(wait=False, cancel_futures=True)
+        yield from _side_by_side(options, todo, together)
+
+
+def _side_by_side(options: Options, variants: list[Variant], together: int) -> Iterator[tuple[Variant, int | str]]:
+    """So many at a time, each with its outcome as it ends.
+
+    Threads wait for Ray alone. On Ctrl-C none begins another variant, and nobody waits for them: a pool would.
+    """
+    waiting, ended = deque(variants), SimpleQueue[tuple[Variant, int | str]]()
+
+    def train_some() -> None:
+        with suppress(IndexError):
+            while True:
+                variant = waiting.popleft()
+                ended.put((variant, _outcome(options, variant)))
+
+    for _ in range(min(together, len(variants))):
+        threading.Thread(target=train_some, daemon=True).start()
+    try:
+        for _ in variants:
+            yield ended.get()
+    finally:
+        waiting.clear()
 
 
 def _outcome(options: Options, variant: Variant) -> int | str:
