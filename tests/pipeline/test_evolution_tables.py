@@ -297,6 +297,13 @@ def test_what_is_refused_before_anything_is_written(tmp_path, data, models, conf
     assert not (run / "results").exists()
 
 
+def test_a_damaged_checkpoint_is_named(tmp_path, data):
+    run = trained(tmp_path / "run", {1: random_model(), 2: random_model()})
+    (run / "checkpoints" / "epoch-0002" / "weights.safetensors").write_bytes(b"junk")
+    with pytest.raises(RunError, match="epoch-0002 cannot be read"):
+        evolved(run, data)
+
+
 def test_projections_that_take_too_much_are_the_users_choice(tmp_path, data, monkeypatch):
     run = trained(tmp_path / "run", {1: random_model()})
     monkeypatch.setattr(deconv, "ASK_ABOVE_BYTES", 10**5)
