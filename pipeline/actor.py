@@ -22,8 +22,16 @@ from pipeline.context import Options, open_context
 from pipeline.errors import FORESEEN, SweepFailed
 from pipeline.runs import require_visible
 from pipeline.shards import Skipped
-from pipeline.work import Work
+from pipeline.storage import Location
+from pipeline.work import Work, begin_start
 from zfnet.activations import NotFinite
+
+WORKER_DIED = "worker_died"
+"""The reason in `skipped` of the images of a part that was given up."""
+
+
+class GivenUp(Exception):
+    """The part killed its worker again and again."""
 
 
 class PartActor:
@@ -31,7 +39,8 @@ class PartActor:
 
     Several parts may be called for at once, each in a thread of its own: their batches share the actor's threads in the
     order of the calls, so that these go on with the next part while the last batches of one are waited for, reduced
-    and committed.
+    and committed. A part that was begun before, and did not end, may have killed its worker: it is done again with
+    nothing beside it, so that what it does is not taken for the fault of others.
     """
 
     def __init__(
@@ -44,16 +53,20 @@ class PartActor:
         session: str,
         token: str | None,
     ) -> None:
-        self.session, self.limit = session, options.attempts
+        self.session, self.options = session, options
         self.threads = resources.cpus
         self.device = "cuda" if resources.gpus else "cpu"
         self.error = ""
         self.pool = ThreadPoolExecutor(self.threads)
         self.using_gpu = threading.Lock()
+        self.turns = Turns()
+        starting = None
         try:
             _deterministic()
             if token is not None:
                 require_visible(token)
+                most = (resources.num or 1) * (options.attempts + 1)
+                starting = begin_start(Location.of(token).parent, session, most)
             self.analysis: Analysis = importlib.import_module(module).ANALYSIS
             context = open_context(options, config, self.analysis.table, self.device)
             self.work = Work.of(context, self.analysis, slices)
@@ -61,31 +74,54 @@ class PartActor:
             self.state = self.analysis.setup(context, slices)
         except Exception as error:  # an actor that cannot start would be restarted for ever
             self.error = _explain(error)
+        finally:
+            if starting is not None:
+                starting.delete()
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[Any]]:
         """One part in, one row out; errors are returned, because Ray would retry them for ever."""
         number = int(batch["part"][0])
-        samples, error = 0, self.error
+        samples, error, given_up = 0, self.error, False
         if not error:
             try:
-                samples = self._do(number)
+                self._do(number)
+                samples = self.work.parts[number].num_rows
+            except GivenUp as problem:
+                error, given_up = str(problem), True
             except Exception as problem:
                 error = _explain(problem)
-        return {"part": [number], "samples": [samples], "error": [error]}
+        return {"part": [number], "samples": [samples], "error": [error], "given_up": [given_up]}
 
     def close(self) -> None:
         """Begin nothing more: parts that are under way end with an error, which nobody reads."""
         self.pool.shutdown(wait=False, cancel_futures=True)
 
-    def _do(self, number: int) -> int:
-        # A part begins when a thread is free for it: a worker's death while it waits is none of its attempts.
-        attempt = self.pool.submit(self.work.begin_attempt, number, self.session).result()
-        if attempt > self.limit:
-            raise SweepFailed(f"its worker died {self.limit} times in a row (out of memory?): give up")
-        started = time.time()
-        table, skipped = self.compute(number)
-        self.work.commit(number, table, skipped, self.device, time.time() - started)
-        return int(self.work.parts[number].num_rows)
+    def _do(self, number: int) -> None:
+        suspect = self.work.was_begun(number)
+        with self.turns.take(alone=suspect):
+            if suspect and self.work.part(number).exists():
+                return  # its worker died after the commit
+            if suspect and (why := self.work.why_given_up(number)):
+                self._give_up(number, why)
+                return
+            # A part begins when a thread is free for it: a worker's death while it waits is none of its attempts.
+            attempt = self.pool.submit(self.work.begin_attempt, number, self.session, suspect).result()
+            if attempt > self.options.attempts:
+                self._give_up(number, f"its worker died {attempt - 1} times while it did nothing else")
+                return
+            started = time.time()
+            table, skipped = self.compute(number)
+            self.work.commit(number, table, skipped, self.device, time.time() - started)
+
+    def _give_up(self, number: int, why: str) -> None:
+        """Commit the part with all its images skipped, if that is the user's choice. Raises: GivenUp if it is not."""
+        self.work.give_up(number, why)
+        if self.options.given_up == "retry":
+            raise GivenUp(why)
+        rows = self.work.parts[number].select(["shard", "key"]).to_pylist()
+        skipped = [Skipped(row["shard"], row["key"], WORKER_DIED, why) for row in rows]
+        table = tables.conform(self.analysis.reduce_part(self.work.context, []), self.work.part_schema)
+        self.work.commit(number, table, skipped, self.device, 0.0)
 
     def compute(self, number: int) -> tuple[pa.Table, list[Skipped]]:
         """The rows of a part, and what was skipped of it. Nothing is written."""
@@ -135,6 +171,32 @@ class PartActor:
             raise SweepFailed(
                 f"sample {key!r}: {error}. The network's weights or its input are broken; results would be too"
             ) from None
+
+
+class Turns:
+    """Parts side by side, or one with nothing beside it."""
+
+    def __init__(self) -> None:
+        self.changed = threading.Condition()
+        self.under_way = self.waiting = 0
+        self.alone = False
+
+    @contextmanager
+    def take(self, alone: bool) -> Iterator[None]:
+        """Wait for a turn, and hold it while the block runs; who wants to be alone comes first."""
+        with self.changed:
+            self.waiting += alone
+            self.changed.wait_for(lambda: not (self.under_way if alone else self.alone or self.waiting))
+            self.waiting -= alone
+            self.under_way += 1
+            self.alone = alone
+        try:
+            yield
+        finally:
+            with self.changed:
+                self.under_way -= 1
+                self.alone = False
+                self.changed.notify_all()
 
 
 def _deterministic() -> None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import logging
 import os
 import re
+import signal
 import socket
 import tempfile
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -192,9 +194,23 @@ def fit(
             ),
         )
         try:
-            trainer.fit()
+            with _interruptible():
+                trainer.fit()
         except TrainingFailedError as error:
             raise TrainingFailed(str(error)) from None
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Ctrl-C ends the block with KeyboardInterrupt: Ray Train takes the signal for itself, and leaves with status 0."""
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    except SystemExit:
+        raise KeyboardInterrupt from None
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, before)
 
 
 def train_context() -> tuple[int, int, str]:

@@ -48,7 +48,10 @@ class Options:
     max_skipped: float = 0.01
     """Largest share of samples that may be skipped; above it the job ends with exit status 3."""
     attempts: int = 3
-    """How often a part is started in one call of a job before it is given up."""
+    """How often a part may kill its worker, with nothing beside it there, before it is given up in this call."""
+    given_up: Literal["retry", "skip"] = "retry"
+    """What becomes of such parts. retry: all others are done, the job ends with exit status 1, and the same command
+    tries them again. skip: their images are skipped (reason worker_died), and the table is finished without them."""
     workers: Workers = field(default_factory=Workers)
     """What the job asks of the cluster."""
 

@@ -43,7 +43,7 @@ _GAUGES: dict[str, Gauge] = {}
 def write(run: Run, row: dict[str, float]) -> None:
     """Commit the row of one epoch."""
     table = tables.conform({name: [row[name]] for name in METRICS.names}, METRICS)
-    tables.write(table, run.location / "metrics" / f"epoch-{int(row['epoch']):04d}.parquet")
+    tables.write(table, run.location / "metrics" / f"epoch-{int(row['epoch']):04d}.parquet", run.training)
     gauge(run, {name: row[name] for name in METRICS.names})
 
 
@@ -109,7 +109,7 @@ class Pace:
         values = {"images_per_second": rate * batch, "data_wait_share": (waited - self.waited) / seconds}
         gauge(self.run, {**values, "step": step})
         where = {"step": step, "steps": steps, "seconds_left": (total - step) / rate}
-        pace_file(self.run).write(json.dumps({**where, **values}).encode())
+        pace_file(self.run).write(json.dumps({**where, **values}).encode(), self.run.training)
         self.step, self.said, self.waited = step, now, waited
 
 
