@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import multiprocessing
 import os
 import shutil
 import signal
@@ -20,8 +19,6 @@ from pipeline.storage import Location
 from tests.jobs import shell
 from tests.pipeline.exact import assert_same
 from tests.pipeline.test_train import options, weights
-
-SPAWN = multiprocessing.get_context("spawn")
 
 
 @pytest.fixture(autouse=True)
@@ -49,7 +46,7 @@ def hold_until_killed(path: str, staging: str) -> None:
 @pytest.fixture
 def holder(places, tmp_path):
     """Another process that holds the lease."""
-    process = SPAWN.Process(target=hold_until_killed, args=[str(place) for place in places], daemon=True)
+    process = shell.PROCESSES.Process(target=hold_until_killed, args=[str(place) for place in places], daemon=True)
     process.start()
     while not places[0].exists():
         time.sleep(0.01)
@@ -132,8 +129,8 @@ def train_without_lease(given: train.Options, start) -> None:
 
 def both(target, *arguments) -> None:
     """Two processes that begin in the same moment."""
-    start = SPAWN.Barrier(2)
-    jobs = [SPAWN.Process(target=target, args=(*arguments, start)) for _ in range(2)]
+    start = shell.PROCESSES.Barrier(2)
+    jobs = [shell.PROCESSES.Process(target=target, args=(*arguments, start)) for _ in range(2)]
     for job in jobs:
         job.start()
     for job in jobs:

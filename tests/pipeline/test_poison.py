@@ -1,6 +1,7 @@
 """A part that kills its worker again and again: it alone is given up, all others are done, and nothing hangs."""
 
 import shutil
+import signal
 
 import pandas as pd
 import pytest
@@ -10,6 +11,7 @@ from pipeline.analyses import top9
 from pipeline.cluster import Workers
 from pipeline.context import Options
 from pipeline.errors import SweepFailed
+from tests.jobs import shell
 from tests.pipeline import poison
 from tests.pipeline.exact import assert_same
 
@@ -72,6 +74,7 @@ def test_it_is_given_up_with_any_number_of_workers(undisturbed, ray_cluster, cap
     check_given_up_and_tried_again(undisturbed, capsys, workers, attempts=3)
 
 
+@pytest.mark.slow
 def test_its_images_can_be_skipped(undisturbed, ray_cluster, capsys):
     run, data, _ = undisturbed
     (run / "poison").write_text(LETHAL)
@@ -87,30 +90,27 @@ def test_its_images_can_be_skipped(undisturbed, ray_cluster, capsys):
     assert not (run / "unfinished" / "top9").exists()
 
 
-def test_skipping_what_an_earlier_call_gave_up_kills_no_worker(undisturbed, ray_cluster, capsys):
-    run, data, _ = undisturbed
-    (run / "poison").write_text(LETHAL)
-    with pytest.raises(SweepFailed, match="given up: part 6"):
-        run_job(run, data)
-    assert run_job(run, data, workers=0, given_up="skip") == 3  # in this process: it lives
-    assert "part 6 was given up by an earlier call" in capsys.readouterr().out
-
-
-def test_without_ray_all_other_parts_are_done_first(undisturbed):
-    """There the job itself dies; given again it leaves the suspects for the end."""
+def test_without_ray_all_other_parts_are_done_first(undisturbed, tmp_path, capsys):
+    """There the job itself dies; given again it leaves the suspects for the end, and it can leave them out."""
     run, data, whole = undisturbed
-    import multiprocessing
-
     (run / "poison").write_text(LETHAL)
     for _ in range(2):
-        job = multiprocessing.get_context("spawn").Process(target=run_job, args=(run, data), kwargs={"workers": 0})
+        job = shell.PROCESSES.Process(target=run_job, args=(run, data), kwargs={"workers": 0})
         job.start()
         job.join()
-        assert job.exitcode == -9
+        assert job.exitcode == -signal.SIGKILL
     assert committed(run) == set(range(PARTS)) - {6}
+    shutil.copytree(run, tmp_path / "without")
     (run / "poison").unlink()
     assert run_job(run, data, workers=0) == 0
     assert_same(run, whole, "top9", "feature_maps")
+    (work,) = (tmp_path / "without" / "unfinished" / "top9").iterdir()
+    (work / "given_up").mkdir()
+    (work / "given_up" / "part-000006.json").write_text('"its worker died"')
+    assert run_job(tmp_path / "without", data, workers=0, given_up="skip") == 3
+    said = capsys.readouterr().out
+    assert "part 6 was given up by an earlier call (its worker died): its images are skipped" in said
+    assert "4 of 42 samples skipped (4 worker_died)" in said
 
 
 def test_workers_that_die_while_they_start_end_the_job(undisturbed, ray_cluster):

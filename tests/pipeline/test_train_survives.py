@@ -26,10 +26,10 @@ from pipeline.cluster import Workers
 from pipeline.loop import Plan, Trainer
 from pipeline.runs import Run
 from tests.conftest import ROOT
-from tests.jobs.test_kill import alive
+from tests.jobs.killing import SEED, alive, below, wait_until_gone
+from tests.jobs.killing import step as step_of
 from tests.pipeline.test_train import options, weights
 
-SEED = int(os.environ.get("KILL_SEED", random.SystemRandom().randrange(10**6)))
 STEPS = 25  # of an epoch: 200 images by 8
 SETTINGS = ["--epochs", "4", "--batch", "8", "--checkpoint-steps", "3", "--workers.cpus", "1", "--decoders", "0"]
 EPOCHS = 50  # of the elastic training: it must last until Ray Train has seen the new node
@@ -45,31 +45,19 @@ def finish(arguments: list[str]) -> str:
     return done.stdout
 
 
-def reached(run: Path) -> int:
-    """The step of the newest whole checkpoint; 0: there is none."""
-    for _ in range(100):
-        try:
-            found = checkpoints.newest(Run.at(str(run)))
-            return checkpoints._step(Run.at(str(run)), found) if found else 0
-        except FileNotFoundError:  # it was dropped for a newer one while this looked
-            continue
-    raise AssertionError("no checkpoint stays")
-
-
 def wait_for(run: Path, step: int) -> None:
     deadline = time.monotonic() + 120
-    while reached(run) < step:
+    while step_of(run) < step:
         assert time.monotonic() < deadline, f"step {step} was not reached"
         time.sleep(0.002)
 
 
 def kill_worker() -> int:
-    """SIGKILL one training worker of this machine."""
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit() and b"RayTrainWorker" in (entry / "cmdline").read_bytes():
-            os.kill(int(entry.name), signal.SIGKILL)
-            return int(entry.name)
-    raise AssertionError("there is no training worker")
+    """SIGKILL one training worker of this process's cluster."""
+    found = [pid for pid, name in below(os.getpid()).items() if b"RayTrainWorker" in name]
+    assert found, "there is no training worker"
+    os.kill(found[0], signal.SIGKILL)
+    return found[0]
 
 
 @pytest.mark.slow
@@ -97,10 +85,7 @@ def test_kills_inside_an_epoch_change_no_bit(make_shards, tmp_path, workers):
         for process in alive(mark) if all_at_once else [driver.pid]:
             os.kill(process, signal.SIGKILL)
         driver.wait()
-        deadline = time.monotonic() + 60
-        while alive(mark):
-            assert time.monotonic() < deadline, "processes of a killed job are still there after 60 s"
-            time.sleep(0.1)
+        wait_until_gone(mark)
         assert not (run / "run.json").exists()
     assert checkpoints.newest(Run.at(str(run))).startswith("step-")
     finish(command(run, data, *number))
