@@ -188,10 +188,8 @@ def survives(sweep: Sweep, victim: str, moment: Moment, undisturbed, tmp_path, r
     elif victim == "driver":
         print(f"its processes were gone after {wait_until_gone(started.mark):.1f} s")
         start(sweep.job, *given, log=log).end()
-    else:  # what is left of the old cluster goes on for a while, beside the job that is run again on a new one
-        again = Nodes()
-        start(sweep.job, *given, "--address", again.address, log=log).end()
-        again.shutdown()
+    else:  # what is left of the old cluster goes on for a while, beside the job that is run again in one of its own
+        start(sweep.job, *sweep.command(run, data, "--workers.num", 1, "--workers.cpus", 1), log=log).end()
         nodes.shutdown()
     check_finished(sweep, run, whole, before, moment)
 
