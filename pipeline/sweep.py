@@ -8,6 +8,7 @@ same command goes on where it stopped and ends with the same bytes.
 
 from __future__ import annotations
 
+import itertools
 import json
 import time
 import uuid
@@ -25,6 +26,9 @@ from pipeline.shards import Skipped
 from pipeline.sources.default import shards_or_default
 from pipeline.storage import Location
 from pipeline.work import Work, begun, clear_finished, fingerprint, reasons
+
+_NAMED = 5
+"""Parts that a message names; the others are in the table."""
 
 
 def run(analysis: Analysis, options: Options, config: Any) -> int:
@@ -68,8 +72,8 @@ def _make(analysis: Analysis, context: Context, options: Options, missing: list[
     work = _work(analysis, context, missing)
     with lease.held(work.lease, work.staging, context.table):
         try:
-            missing = [slice_ for slice_ in missing if slice_ in _missing(analysis, context, work.fingerprints)]
-            if missing:
+            left = _missing(analysis, context, work.fingerprints)
+            if missing := [slice_ for slice_ in missing if slice_ in left]:
                 _map_and_fold(analysis, options, work, missing, started)
                 return
         except (*FORESEEN, FileNotFoundError):
@@ -140,7 +144,8 @@ def _end_with_given_up(work: Work, given_up: dict[int, str]) -> None:
     rows = [(row, why) for number, why in given_up.items() for row in work.parts[number].to_pylist()]
     skipped = [Skipped(row["shard"], row["key"], WORKER_DIED, why) for row, why in rows]
     _write_skipped(work, skipped)
-    named = ", ".join(f"{number} ({why})" for number, why in given_up.items())
+    named = ", ".join(f"{number} ({why})" for number, why in itertools.islice(given_up.items(), _NAMED))
+    named += f" and {len(given_up) - _NAMED} more" if len(given_up) > _NAMED else ""
     raise SweepFailed(
         f"{work.context.table}: given up: part {named}. Out of memory, or an image that crashes its decoder: the "
         f"{len(skipped)} images are in {_beside(work, 'skipped')}. All other parts are done and kept. The same command "
