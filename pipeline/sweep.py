@@ -19,12 +19,15 @@ from typing import Any
 from pipeline import cluster, lease, plan, tables
 from pipeline.actor import WORKER_DIED, PartActor, torch_settings_kept
 from pipeline.analysis import Analysis
+from pipeline.cluster import Resources, Stage
 from pipeline.context import Context, Options, open_context
+from pipeline.decoder import Decoder
 from pipeline.errors import FORESEEN, SweepFailed
 from pipeline.progress import EXIT_SKIPPED, Progress, say
 from pipeline.shards import Skipped
 from pipeline.sources.default import shards_or_default
 from pipeline.storage import Location
+from pipeline.watch import Watch
 from pipeline.work import Work, begun, clear_finished, fingerprint, reasons
 
 _NAMED = 5
@@ -111,20 +114,13 @@ def _listed(slices: list[str]) -> str:
 
 def _map(analysis: Analysis, options: Options, work: Work, todo: list[int]) -> None:
     """Send the unfinished parts to actors and wait for all of them."""
-    resources = cluster.resolve(options.workers)
-    arguments = {
-        "module": analysis.module,
-        "options": options,
-        "config": work.context.config,
-        "slices": work.slices,
-        "resources": resources,
-        "session": uuid.uuid4().hex[:8],
-        "token": str(work.token),
-    }
+    stages = _stages(analysis, options, work)
     progress = Progress(work.context.table, len(todo), sum(work.parts[number].num_rows for number in todo))
+    watch = Watch(work, todo, log_parts=options.log_parts)
     given_up = {}
     with torch_settings_kept():
-        for done in cluster.map_parts(PartActor, arguments, [{"part": number} for number in todo], resources):
+        for done in cluster.map_parts([{"part": number} for number in todo], *stages):
+            watch.advance(done)
             if done["given_up"]:
                 given_up[int(done["part"])] = str(done["error"])
                 say(f"{work.context.table}: part {done['part']} is given up: {done['error']}")
@@ -151,6 +147,30 @@ def _end_with_given_up(work: Work, given_up: dict[int, str]) -> None:
         f"{len(skipped)} images are in {_beside(work, 'skipped')}. All other parts are done and kept. The same command "
         "tries again (give workers more memory before); with --given-up skip it finishes the table without these images"
     )
+
+
+def _stages(analysis: Analysis, options: Options, work: Work) -> list[Stage]:
+    """The actors that a part goes through: decoders, where they are asked for, and those with the network."""
+    session = uuid.uuid4().hex[:8]
+
+    def stage(actor: type, options: Options, resources: Resources, session: str) -> Stage:
+        arguments = {
+            "module": analysis.module,
+            "options": options,
+            "config": work.context.config,
+            "slices": work.slices,
+            "resources": resources,
+            "session": session,
+            "token": str(work.token),
+        }
+        return Stage(actor, arguments, resources)
+
+    workers = cluster.resolve(options.workers)
+    stages = [stage(PartActor, options, workers, session)]
+    if options.decoders.num:
+        decoders = cluster.resolve_decoders(options.decoders, workers)
+        stages.insert(0, stage(Decoder, replace(options, device="cpu"), decoders, f"{session}-decoding"))
+    return stages
 
 
 def _fold(analysis: Analysis, options: Options, work: Work, slices: list[str], started: float) -> None:

@@ -41,6 +41,8 @@ class Work:
     parts: list[pa.Table]
     """Rows of Index.split, part by part."""
     part_schema: pa.Schema
+    attempts: str = "attempts"
+    """Folder of the attempts' markers."""
 
     @classmethod
     def of(cls, context: Context, analysis: Analysis, slices: list[str]) -> Work:
@@ -82,8 +84,9 @@ class Work:
         return self.location / "work.json"
 
     def prepare(self) -> None:
-        """Say what the work is. Raises: StorageError where the run cannot be written."""
-        self.token.write(json.dumps(self.fingerprints, indent=1).encode())
+        """Say what the work is, and how much. Raises: StorageError where the run cannot be written."""
+        amount = {"parts": len(self.parts), "samples": self.samples}
+        self.token.write(json.dumps({"slices": self.fingerprints, **amount}, indent=1).encode())
 
     def part(self, number: int) -> Location:
         """Where a part's rows are committed."""
@@ -95,11 +98,11 @@ class Work:
         return [number for number in range(len(self.parts)) if self.part(number).name not in done]
 
     def _attempts(self, number: int) -> Location:
-        return self.location / "attempts" / f"part-{number:06d}"
+        return self.location / self.attempts / f"part-{number:06d}"
 
     def begun(self) -> set[int]:
         """Numbers of the parts that were ever started."""
-        return {int(name.removeprefix("part-")) for name in (self.location / "attempts").names()}
+        return {int(name.removeprefix("part-")) for name in (self.location / self.attempts).names()}
 
     def was_begun(self, number: int) -> bool:
         """Whether this part was ever started."""
@@ -244,7 +247,7 @@ def _works(context: Context) -> dict[str, dict[str, dict[str, Any]]]:
     """The work on this table that is on storage: name -> slice -> fingerprint."""
     folder = context.run.unfinished(context.table)
     tokens = {name: folder / name / "work.json" for name in folder.names()}
-    return {name: json.loads(token.read()) if token.exists() else {} for name, token in tokens.items()}
+    return {name: json.loads(token.read())["slices"] if token.exists() else {} for name, token in tokens.items()}
 
 
 def _unfinished(context: Context, tables_: tuple[str, ...], known: dict[str, dict[str, Any]]) -> list[str]:

@@ -242,7 +242,7 @@ class Batch:
     crops: dict[tuple[int, int], Tensor]
 
 
-def prepare(context: Context, networks: list[Network], rows: pa.Table) -> tuple[Batch | None, list[Skipped]]:
+def decode(context: Context, networks: list[Network], rows: pa.Table) -> tuple[list[Viewed], list[Skipped]]:
     """The images with a label, decoded once, and cropped once for all networks of one geometry."""
     rows, unlabelled = with_label(rows, len(context.index.classes))
     geometries = sorted({network.geometry for network in networks})
@@ -253,11 +253,13 @@ def prepare(context: Context, networks: list[Network], rows: pa.Table) -> tuple[
         return Viewed(sample, {g: evaluation.crops(resized[g[0]], *g, context.config.views) for g in geometries})
 
     viewed, skipped = read(context, rows, look)
-    if not viewed:
-        return None, unlabelled + skipped
-    stacked = {g: np.stack([picture.crops[g][0] for picture in viewed]) for g in geometries}
-    on_device = {g: torch.from_numpy(pixels).to(context.device) for g, pixels in stacked.items()}
-    return Batch(viewed, on_device), unlabelled + skipped
+    return viewed, unlabelled + skipped
+
+
+def as_batch(context: Context, viewed: list[Viewed]) -> Batch:
+    """Their crops, stacked on the device."""
+    stacked = {g: np.stack([picture.crops[g][0] for picture in viewed]) for g in viewed[0].crops}
+    return Batch(viewed, {g: torch.from_numpy(pixels).to(context.device) for g, pixels in stacked.items()})
 
 
 def map_batch(context: Context, networks: list[Network], batch: Batch) -> pa.Table:
@@ -386,7 +388,8 @@ ANALYSIS = Analysis(
     sources=sources,
     samples=samples,
     setup=lambda context, slices: networks(context),
-    prepare=prepare,
+    decode=decode,
+    batch=as_batch,
     map_batch=map_batch,
     reduce_part=reduce_part,
     fold=fold,

@@ -6,6 +6,7 @@ import time
 from dataclasses import replace
 
 from pipeline.analyses import top9
+from pipeline.context import centre_crops
 
 
 def _kills(context, name: str) -> list[str]:
@@ -21,10 +22,16 @@ def map_batch(context, state, batch):
     return top9.map_batch(context, state, batch)
 
 
+def decode(context, state, rows):
+    if set(rows["key"].to_pylist()) & set(_kills(context, "poison-decoding")):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return centre_crops(context, state, rows)
+
+
 def setup(context, slices):
     if _kills(context, "poisoned-network"):
         os.kill(os.getpid(), signal.SIGKILL)
     return top9.ANALYSIS.setup(context, slices)
 
 
-ANALYSIS = replace(top9.ANALYSIS, module=__name__, map_batch=map_batch, setup=setup)
+ANALYSIS = replace(top9.ANALYSIS, module=__name__, decode=decode, map_batch=map_batch, setup=setup)
