@@ -83,6 +83,13 @@ class Location:
         """The folder that holds it."""
         return Location(self.filesystem, str(PurePosixPath(self.path).parent), self.query)
 
+    def times(self) -> dict[str, float]:
+        """What lies in this folder -> when it was written, in seconds since 1970; 0 for a folder of a bucket."""
+        selector = pafs.FileSelector(self.path, allow_not_found=True)
+        found = retrying(self, lambda: self.filesystem.get_file_info(selector))
+        written = {info.base_name: (info.mtime_ns or 0) / 1e9 for info in found}
+        return {name: when for name, when in written.items() if not name.startswith(_TEMPORARY)}
+
     def exists(self) -> bool:
         """Whether a file or folder of this name is there."""
         return bool(self._info().type != pafs.FileType.NotFound)

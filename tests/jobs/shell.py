@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-_CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(
+PROCESSES = multiprocessing.get_context("forkserver")
+"""Processes that have imported all this before they start."""
+PROCESSES.set_forkserver_preload(
     [
         "torch",
         "torch.distributed",
@@ -48,7 +49,7 @@ def run(job: str, *arguments: object, cwd: Path = ROOT, largest_file: int | None
     """Run jobs/JOB.py to its end; `largest_file` is RLIMIT_FSIZE in bytes: the disk is full there."""
     with tempfile.TemporaryDirectory() as folder:
         streams = [str(Path(folder) / name) for name in ("out", "err")]
-        process = _CONTEXT.Process(
+        process = PROCESSES.Process(
             target=_job, args=(job, [str(a) for a in arguments], str(cwd), dict(os.environ), largest_file, streams)
         )
         process.start()
