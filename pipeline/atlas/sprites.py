@@ -47,6 +47,13 @@ def size(tile_px: int) -> tuple[int, int]:
     return 2 * block + MIDDLE, block
 
 
+def place(tile_px: int, number: int, *, patch: bool) -> tuple[int, int]:
+    """Left and top of the n-th projection, or patch, on a sprite."""
+    row, col = divmod(number, ACROSS)
+    start = (size(tile_px)[0] + MIDDLE) // 2 if patch else 0
+    return start + col * (tile_px + GAP), row * (tile_px + GAP)
+
+
 def sprites(table: Location, tile_px: int, input_px: int) -> Iterator[Sprite]:
     """The pictures of all feature maps of a layer's deconv file, in its order, for a network's input of `input_px`."""
     with ThreadPoolExecutor(_THREADS) as threads:  # decoding and encoding release the interpreter lock
@@ -85,10 +92,10 @@ def _sprite(rows: pa.Table, tile_px: int, input_px: int) -> Sprite:
     sheet = np.zeros((height, width, 4), dtype=np.uint8)
     batches = rows.slice(0, SHOWN).combine_chunks().to_batches()
     tiles = [_tiles(row, tile_px, input_px) for batch in batches for row in _rows(batch)]
-    for place, pair in enumerate(tiles):
-        top, left = (step * (tile_px + GAP) for step in divmod(place, ACROSS))
-        for start, pixels in zip((left, left + (width + MIDDLE) // 2), pair, strict=True):
-            sheet[top : top + tile_px, start : start + tile_px] = pixels
+    for number, pair in enumerate(tiles):
+        for patch, pixels in enumerate(pair):
+            left, top = place(tile_px, number, patch=bool(patch))
+            sheet[top : top + tile_px, left : left + tile_px] = pixels
     return Sprite(rows["feature_map"][0].as_py(), webp(Image.fromarray(sheet)), tiles[0][0])
 
 
