@@ -1,8 +1,8 @@
-"""The whole pictures behind a table's cells, small: what a page needs to show where in an image a cell lies.
+"""The whole pictures behind a table's rows, small: what a page needs to show where in an image a cell or a box lies.
 
-A row for each layer and image that the table of cells (top9, or groups) names there: the network's input pixels,
-scaled down and kept as JPEG, and their place in the original image. `deconv` holds the patches; this the whole around
-them, a few kilobytes an image.
+A row for each slice and image that another table (top9, groups, or any with a column key) names there: the network's
+input pixels, scaled down and kept as JPEG, and their place in the original image. `deconv` holds the patches; this the
+whole around them, a few kilobytes an image.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 from PIL import Image
 
 from pipeline import tables
@@ -29,10 +30,10 @@ _QUALITY = 85
 class Config:
     """What decides the content of pictures."""
 
-    layers: tuple[str, ...] = ()
-    """Layers; default all layers of the table of cells."""
+    slices: tuple[str, ...] = ()
+    """Slices of that table, as layers; default all."""
     of: str = "top9"
-    """Table whose images are kept: top9, groups, or one of their further names; for others give --name, too."""
+    """Table whose images are kept: any with a column key; for another than top9 give its name as --name, too."""
     picture_px: int = 128
     """Largest side of a picture; a smaller input is kept as it is."""
     part_size: int = 256
@@ -44,11 +45,13 @@ class Config:
         require_at_least_one(self, "picture_px", "part_size", "batch_size")
 
 
+_SLICE = tables.column("slice", pa.string(), "Slice of that table, whose images they are: a layer, an epoch, a split.")
+
 PICTURES = pa.schema(
     [
         tables.MODEL_ID,
         tables.DATA_ID,
-        tables.LAYER,
+        _SLICE,
         tables.KEY,
         tables.SHARD,
         tables.LABEL,
@@ -62,55 +65,59 @@ PICTURES = pa.schema(
         tables.column("box_width", pa.float32(), "Width of the input in the original image's pixels."),
     ]
 )
-PART_SCHEMA = PICTURES.remove(PICTURES.get_field_index("layer"))
+PART_SCHEMA = PICTURES.remove(PICTURES.get_field_index("slice"))
 
 
 def slices(context: Context) -> list[str]:
-    """The layers of the table of cells. Raises: RunError where it is missing, or of another model or images."""
+    """Those of the other table. Raises: RunError where it is missing, or of another model or images."""
     config: Config = context.config
     found = context.run.manifest(config.of)
     if not found:
         raise RunError(
             f"there is no table {config.of} in {context.run.location}: run jobs/{config.of.split('-')[0]}.py first"
         )
-    layers = config.layers or tuple(found)
-    if unknown := [layer for layer in layers if layer not in found]:
-        raise RunError(f"{config.of} has no layer {', '.join(unknown)}; it has {', '.join(found)}")
-    for layer in layers:
-        _require_same_images(context, layer)
-    return list(layers)
+    names = config.slices or tuple(found)
+    if unknown := [name for name in names if name not in found]:
+        raise RunError(f"{config.of} has no slice {', '.join(unknown)}; it has {', '.join(found)}")
+    for name in names:
+        _require_same_images(context, name)
+    return list(names)
 
 
-def _require_same_images(context: Context, layer: str) -> None:
-    made = tables.read(context.run.slice(context.config.of, layer), list(context.identity)).slice(0, 1).to_pylist()
+def _require_same_images(context: Context, name: str) -> None:
+    location = context.run.slice(context.config.of, name)
+    with location.open() as file:
+        if "key" not in pq.ParquetFile(file).schema_arrow.names:
+            raise RunError(f"{context.config.of} has no column key, so it names no images: give --of another table")
+    made = tables.read(location, list(context.identity)).slice(0, 1).to_pylist()
     if made and made[0] != context.identity:
         raise RunError(
             f"{context.config.of} was made of {made[0]}, and this run and these shards are {context.identity}: "
-            "give the run and the --data it was made of"
+            "give the run, the --data and the --split it was made of"
         )
 
 
-def sources(context: Context, layer: str) -> dict[str, Any]:
-    """The images are those of this slice of the table of cells."""
-    entry = context.run.manifest(context.config.of).get(layer, {})
-    return {context.config.of: {name: entry.get(name) for name in ("fingerprint", "rows")}}
+def sources(context: Context, name: str) -> dict[str, Any]:
+    """The images are those of this slice of the other table."""
+    entry = context.run.manifest(context.config.of).get(name, {})
+    return {context.config.of: {field: entry.get(field) for field in ("fingerprint", "rows")}}
 
 
-def samples(context: Context, layers: list[str]) -> pa.Table:
-    """The images that these layers' cells lie in."""
-    keys = pa.concat_arrays([_keys(context, layer) for layer in layers])
+def samples(context: Context, names: list[str]) -> pa.Table:
+    """The images that these slices name."""
+    keys = pa.concat_arrays([_keys(context, name) for name in names])
     rows = context.index.split(context.split)
     return rows.filter(pc.is_in(rows["key"], keys))
 
 
-def _keys(context: Context, layer: str) -> pa.Array:
-    keys = tables.read(context.run.slice(context.config.of, layer), ["key"])["key"]
+def _keys(context: Context, name: str) -> pa.Array:
+    keys = tables.read(context.run.slice(context.config.of, name), ["key"])["key"]
     return keys.combine_chunks().unique().cast(pa.string())
 
 
-def expected_rows(context: Context, layer: str, skipped: set[str]) -> int:
+def expected_rows(context: Context, name: str, skipped: set[str]) -> int:
     """A row for each image, but for those that could not be read."""
-    return sum(key not in skipped for key in _keys(context, layer).to_pylist())
+    return sum(key not in skipped for key in _keys(context, name).to_pylist())
 
 
 def map_batch(context: Context, state: None, batch: Batch) -> pa.Table:
@@ -144,25 +151,24 @@ def reduce_part(context: Context, results: list[pa.Table]) -> pa.Table:
     return pa.concat_tables([PART_SCHEMA.empty_table(), *results])
 
 
-def fold(context: Context, parts: list[Location], layers: list[str]) -> Iterator[Finished]:
-    """A file for each layer, in index order."""
-    for layer in layers:
-        yield Finished("pictures", layer, PICTURES, _of_layer(context, parts, layer))
+def fold(context: Context, parts: list[Location], names: list[str]) -> Iterator[Finished]:
+    """A file for each slice, in index order."""
+    for name in names:
+        yield Finished("pictures", name, PICTURES, _of_slice(context, parts, name))
 
 
-def _of_layer(context: Context, parts: list[Location], layer: str) -> Iterator[pa.Table]:
-    keys = _keys(context, layer)
+def _of_slice(context: Context, parts: list[Location], name: str) -> Iterator[pa.Table]:
+    keys = _keys(context, name)
     for part in parts:
         rows = tables.read(part)
         rows = rows.filter(pc.is_in(rows["key"], keys))
-        yield rows.add_column(PICTURES.get_field_index("layer"), tables.LAYER, pa.array([layer] * len(rows))).cast(
-            PICTURES
-        )
+        yield rows.add_column(PICTURES.get_field_index("slice"), _SLICE, pa.array([name] * len(rows))).cast(PICTURES)
 
 
 ANALYSIS = Analysis(
     table="pictures",
     tables=("pictures",),
+    selects=("slices",),
     module=__name__,
     part_schema=lambda config: PART_SCHEMA,
     slices=slices,

@@ -209,7 +209,7 @@ def in_words(value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, float):
-        return f"{value:.5g}"
+        return f"{value + 0.0:.5g}"  # no minus before zero
     if isinstance(value, bytes):
         return f"{len(value):,} bytes"
     return str(value)

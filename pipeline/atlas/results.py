@@ -10,7 +10,8 @@ from urllib.parse import quote
 import numpy as np
 from PIL import Image
 
-from pipeline.atlas import catalogue, confusion, views
+from pipeline.atlas import boxes, catalogue, confusion, views
+from pipeline.atlas.boxes import Boxed
 from pipeline.atlas.catalogue import ResultTable
 from pipeline.atlas.site import Site
 from pipeline.atlas.sprites import webp
@@ -36,12 +37,23 @@ def write(site: Site, run: Run, found: Sequence[ResultTable]) -> None:
             columns=catalogue.columns(run, table),
             charts=views.charts(run, table),
             confusion=confusion.of(run, table),
+            boxed=_boxed(site, run, found, table),
             heads=list(rows[0]) if rows else [],
             rows=[
                 [_cell(site, table, place, name, value) for name, value in row.items()]
                 for place, row in enumerate(rows)
             ],
         )
+
+
+def _boxed(site: Site, run: Run, found: Sequence[ResultTable], table: ResultTable) -> list[tuple[Boxed, str]]:
+    """Images with the table's boxes, and the paths of their pictures."""
+    shown = []
+    for place, boxed in enumerate(boxes.gallery(run, found, table)):
+        path = f"assets/tables/{table.name}-boxed-{place}.jpg"
+        site.write(path, boxed.picture.jpeg)
+        shown.append((boxed, path))
+    return shown
 
 
 def pandas_line(run: Location, table: ResultTable) -> str:

@@ -44,6 +44,8 @@ def make_run(folder: Path, *, values: str = "float32", without: tuple[str, ...] 
         write_occlusion(run)
     if "others" not in without:
         write_others(run)
+        for epoch in (1, 5):
+            write_evolution(run, epoch)
     if "skipped" not in without:
         row = {name: [HOSTILE] for name in tables.SKIPPED.names}
         tables.write(tables.conform(row, tables.SKIPPED), run.location / "results" / "skipped" / "top9.parquet")
@@ -103,7 +105,7 @@ def write_layer(run: Run, layer: str, values: str, without: tuple[str, ...], map
         write_around(run, layer, shared)
 
 
-def deconv_rows(shared: dict[str, Any], values: str) -> Any:
+def deconv_rows(shared: dict[str, Any], values: str, scale: float = 4.0) -> Any:
     """Projections: +1 in the upper half and -1 in the lower; of map 3 zero. Patches: red."""
     projections, patches = [], []
     for index, number in enumerate(shared["feature_map"]):
@@ -111,7 +113,7 @@ def deconv_rows(shared: dict[str, Any], values: str) -> Any:
         shape = (min(top + height, SIDE) - max(top, 0), min(left + width, SIDE) - max(left, 0), 3)
         pixels = np.zeros(shape, dtype=np.float32)
         if number != 3:
-            pixels[: shape[0] // 2], pixels[shape[0] // 2 :] = 4.0, -4.0
+            pixels[: shape[0] // 2], pixels[shape[0] // 2 :] = scale, -scale
         projections.append(pixels)
         patches.append(deconv.png(np.broadcast_to(np.uint8([200, 0, 0]), shape).copy()))
     rows = len(projections)
@@ -187,14 +189,34 @@ def write_around(run: Run, layer: str, shared: dict[str, Any]) -> None:
     )
 
 
-def picture_rows(layer: str, keys: Any) -> pa.Table:
+def write_evolution(run: Run, epoch: int) -> None:
+    """Of every layer the strongest cell of map 0, and at epoch 5 of map 1, too; sorted, a row group a layer."""
+    rows = []
+    for layer in LAYERS:
+        count = 1 if epoch == 1 else 2
+        cells = {name: [value] * count for name, value in IDENTITY.items()}
+        cells |= {"layer": [layer] * count, "feature_map": np.arange(count), "rank": [1] * count}
+        cells |= {"activation": [float(epoch)] * count, "key": [HOSTILE] * count, "shard": ["train-000000.tar"] * count}
+        cells |= {"label": [1] * count, "label_name": [CLASSES[1]] * count, "row": [0] * count, "col": [0] * count}
+        cells |= {"top": [0] * count, "left": [0] * count, "height": [12] * count, "width": [12] * count}
+        projected = deconv_rows(cells, "float32", scale=float(epoch))
+        epochs = pa.array([epoch] * count, pa.int32())
+        rows.append(
+            projected.append_column("epoch", epochs).append_column("image_changed", pa.array([epoch > 1] * count))
+        )
+    name = f"epoch-{epoch:04d}"
+    tables.write_stream(iter(rows), rows[0].schema, run.slice("evolution", name))
+    run.finish("evolution", name, entry(sum(len(some) for some in rows)), run.location / "staging")
+
+
+def picture_rows(slice_: str, keys: Any, **further: Any) -> pa.Table:
     """Whole pictures: blue, with a white dot in the middle."""
     pixels = np.full((SIDE, SIDE, 3), (0, 0, 200), dtype=np.uint8)
     pixels[SIDE // 2, SIDE // 2] = 255
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, format="JPEG", quality=95)
-    given = {"key": list(keys), "layer": [layer] * len(keys), "picture_jpeg": [buffer.getvalue()] * len(keys)}
-    given |= {"picture_px": [SIDE] * len(keys), "input_px": [SIDE] * len(keys)}
+    given = {"key": list(keys), "slice": [slice_] * len(keys), "picture_jpeg": [buffer.getvalue()] * len(keys)}
+    given |= {"picture_px": [SIDE] * len(keys), "input_px": [SIDE] * len(keys), **further}
     return tables.conform(filled(pictures.PICTURES, len(keys), **given), pictures.PICTURES)
 
 

@@ -15,6 +15,7 @@ from urllib.parse import unquote, urlsplit
 import fsspec
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pyarrow.fs as pafs
 import pytest
 from PIL import Image
@@ -34,7 +35,7 @@ from pipeline.analyses import (
     units,
     units_comparison,
 )
-from pipeline.atlas import Options, build, sprites, views
+from pipeline.atlas import Options, boxes, build, sprites, views
 from pipeline.atlas.charts import bars, chart, histogram
 from pipeline.atlas.heatmaps import PALETTE, class_colours, colour_table, heat
 from pipeline.atlas.projections import Box, around_grey, tile
@@ -42,7 +43,7 @@ from pipeline.atlas.records import Sources
 from pipeline.projections import relative
 from pipeline.runs import Run, RunError, file_stem
 from pipeline.storage import Location
-from tests.pipeline.synthetic import HOSTILE, LAYERS, SIDE, make_run, write_layer
+from tests.pipeline.synthetic import HOSTILE, LAYERS, SIDE, finish, make_run, picture_rows, write_layer
 
 SCHEMAS = {
     "metrics": metrics.METRICS,
@@ -202,7 +203,6 @@ def test_map_page_holds_what_the_tables_know_of_the_map(site: Path) -> None:
     ):
         assert words in text, words
     assert "Dead: no image of 40 activates it" in read(site, "maps/conv1/2.html").text
-    assert "its evolution over the epochs" in text.lower()  # no such table: the command for it
 
 
 def test_the_box_is_drawn_where_the_cell_sees_on_the_whole_picture(site: Path) -> None:
@@ -214,6 +214,24 @@ def test_the_box_is_drawn_where_the_cell_sees_on_the_whole_picture(site: Path) -
     sheet = np.asarray(Image.open(site.parent / "assets" / "conv1" / "map-0000-whole.webp")).astype(int)
     assert sheet.shape[:2] == (96, 9 * 98 - 2)
     assert abs(sheet[10, 5 * 98 + 10, :3] - [0, 0, 200]).max() < 20
+
+
+def test_the_evolution_strip_shows_the_epochs_that_a_map_lives_in(site: Path) -> None:
+    page = read(site, "maps/features.10/0.html")
+    assert "epoch 1 1 epoch 5 5, another image" in " ".join(page.text.split())  # with the activations
+    source = page.path.read_text()
+    assert 'aria-label="Projection at epoch 1" data-contrast="0.2"' in source
+    assert 'aria-label="Projection at epoch 5" data-contrast="1"' in source
+    sheet = np.asarray(
+        Image.open(site.parent / "assets" / "features.10" / "map-0000-epochs.webp").convert("RGBA")
+    ).astype(int)
+    assert sheet.shape[:2] == (2 * 96 + 2, 2 * 96 + 2)
+    for left in (0, 98):  # each epoch's own scale: +1 above, -1 below; the patch under it
+        assert (sheet[10:40, left + 10 : left + 80, :3] > 240).all()
+        assert (sheet[60:90, left + 10 : left + 80, :3] < 15).all()
+        assert abs(sheet[110:180, left + 10 : left + 80, :3] - [200, 0, 0]).max() < 12
+    assert "Evolution" in read(site, "maps/features.10/1.html").text
+    assert "Evolution" not in read(site, "maps/features.10/3.html").text
 
 
 def test_contrasts_are_shares_of_the_maps_largest_value(tmp_path: Path) -> None:
@@ -263,6 +281,30 @@ def test_an_image_page_draws_the_boxes_that_tables_have_and_the_best_classes(sit
     assert "object_occlusion" in page.text.split("In other tables")[1]
 
 
+def test_boxes_in_original_pixels_find_their_place_on_the_input(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = make_run(tmp_path, without=("occlusion",))
+    rows = {"key": ["whole", "whole", "unknown"], "box_top": [10.0, None, 1.0], "box_left": [30.0] * 3}
+    rows |= {"box_height": [20.0] * 3, "box_width": [40.0] * 3, "class_name": [HOSTILE] * 3}
+    finish(run, "detection", "images", pa.table(rows))
+    place = {"box_top": [0.0], "box_left": [20.0], "box_height": [80.0], "box_width": [160.0]}
+    finish(run, "pictures-detection", "images", picture_rows("images", ["whole"], **place))
+    known = boxes.BoxesOf(
+        table="detection",
+        name="detection",
+        sides=("box_top", "box_left", "box_height", "box_width"),
+        original=True,
+        caption=("class_name",),
+    )
+    monkeypatch.setattr(boxes, "BOXES", (known,))
+    page = read(built(run), "tables/detection.html")
+    # An input of 32 pixels shows 80 x 160 of the original, from (0, 20): 10 rows down is 4, 10 columns across is 2.
+    assert 'class="box box-1" x="2.0" y="4.0" width="8.0" height="8.0"' in page.path.read_text()
+    assert page.path.read_text().count('class="box box-1"') == 1  # nulls and images without a picture have no box
+    assert HOSTILE in page.text
+
+
 @pytest.mark.parametrize(
     ("without", "job"), [(("top9", "feature_maps", "deconv"), "top9"), (("deconv",), "deconv"), (("occlusion",),) * 2]
 )
@@ -283,6 +325,7 @@ def test_a_missing_table_is_named_with_its_command(tmp_path: Path, without: tupl
         text = pages[index.parent / "maps" / "conv1" / "0.html"].text
         assert "jobs/pictures.py --run" in text
         assert "--of groups --name groups" in text
+        assert "its evolution over the epochs" in text.lower()
 
 
 def test_two_runs_are_put_side_by_side(tmp_path: Path) -> None:

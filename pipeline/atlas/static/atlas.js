@@ -37,7 +37,8 @@ class List {
     this.items = [...this.list.children].filter((item) => item.id);
     this.inOrder = [...this.items];
     this.words = new Map();
-    this.current = null;
+    this.current = document.getElementById(fromHash().get("at") || location.hash.slice(1));
+    if (!this.items.includes(this.current)) this.current = null;
     this.selected = new Set((fromHash().get("selected") || "").split(" ").filter(Boolean));
     if (form.elements.only) this.addCheckboxes();
     this.restore();
@@ -47,8 +48,7 @@ class List {
     form.addEventListener("reset", () => setTimeout(() => { this.selected.clear(); this.tick(); this.apply(); }));
     form.querySelector("[data-share]")?.addEventListener("click", (event) => copy(location.href, event.target));
     this.apply();
-    const at = document.getElementById(fromHash().get("at") || location.hash.slice(1));
-    if (this.items.includes(at)) this.show(at);
+    if (this.current) this.show(this.current);
   }
 
   addCheckboxes() {
@@ -100,9 +100,10 @@ class List {
     if (hash !== location.hash.slice(1)) history.replaceState(null, "", hash ? "#" + hash : location.pathname);
   }
 
-  text(item) {
-    if (!this.words.has(item)) this.words.set(item, (item.dataset.text ?? item.textContent).toLowerCase());
-    return this.words.get(item);
+  // A number is meant whole, any other word may be a part of one.
+  holds(item, word) {
+    if (!this.words.has(item)) this.words.set(item, ` ${item.dataset.text ?? item.textContent} `.toLowerCase());
+    return this.words.get(item).includes(/^\d+$/.test(word) ? ` ${word} ` : word);
   }
 
   fits(item) {
@@ -111,7 +112,7 @@ class List {
       const { match, of } = field.dataset;
       if (!match || field.value === "") return true;
       const value = item.dataset[of];
-      if (match === "text") return field.value.toLowerCase().split(/\s+/).every((word) => this.text(item).includes(word));
+      if (match === "text") return field.value.toLowerCase().split(/\s+/).every((word) => this.holds(item, word));
       if (match === "has") return value.split("\u001f").includes(field.value);
       if (match === "is") return value === field.value;
       if (value === "") return false;
