@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 
@@ -101,7 +102,8 @@ def _write_wholes(site: Site, sources: Sources, layer: Layer, assets: Assets) ->
     """The whole pictures behind the strongest cells, and behind the groups."""
     strongest = Pictures.of(sources.slice(sources.pictures, layer.name))
     of_groups = Pictures.of(sources.slice(sources.pictures_of_groups, layer.name))
-    for map_ in layer.maps:
+
+    def write(map_: FeatureMap) -> None:
         stem = f"{_assets(layer.name)}/map-{map_.number:04d}"
         shown = [entry.key for entry in map_.entries[: sprites.SHOWN]]
         if made := strongest.sheet(f"{stem}-whole.webp", shown, WHOLE_PX):
@@ -111,6 +113,9 @@ def _write_wholes(site: Site, sources: Sources, layer: Layer, assets: Assets) ->
         if made := of_groups.sheet(f"{stem}-groups.webp", grouped, GROUPS_PX):
             assets.groups[map_.number] = made[0]
             site.write(made[0].path, made[1])
+
+    with ThreadPoolExecutor(sprites.THREADS) as threads:  # decoding, encoding and writing release the lock
+        list(threads.map(write, layer.maps))
 
 
 def _evenly(numbers: list[int], wanted: int) -> Iterator[int]:

@@ -27,7 +27,7 @@ THUMBNAILS_ACROSS = 6
 THUMBNAILS = 2 * THUMBNAILS_ACROSS
 GAP = 2
 MIDDLE = 14
-_THREADS = 2
+THREADS = 2
 TILE_COLUMNS = ["feature_map", "rank", "top", "left", "height", "width", "projection", "projection_height"]
 TILE_COLUMNS += ["projection_width", "projection_scale", "patch_png"]
 
@@ -56,7 +56,7 @@ def place(tile_px: int, number: int, *, patch: bool) -> tuple[int, int]:
 
 def sprites(table: Location, tile_px: int, input_px: int) -> Iterator[Sprite]:
     """The pictures of all feature maps of a layer's deconv file, in its order, for a network's input of `input_px`."""
-    with ThreadPoolExecutor(_THREADS) as threads:  # decoding and encoding release the interpreter lock
+    with ThreadPoolExecutor(THREADS) as threads:  # decoding and encoding release the interpreter lock
         for rows in _whole_maps(table):
             yield from threads.map(lambda piece: _sprite(piece, tile_px, input_px), _split(rows))
 

@@ -276,7 +276,9 @@ def test_an_image_page_draws_the_boxes_that_tables_have_and_the_best_classes(sit
     source = page.path.read_text()
     assert 'class="box box-1" x="6.0" y="4.0" width="12.0" height="10.0"' in source
     assert "box-1" not in (site.parent / "images" / "occlusion-2.html").read_text()
-    assert "90.0 %cat60.0 %" in page.text
+    before, after = page.text.split("Image as it is")[1].split("With the square at its worst")[:2]
+    assert "90.0 %" in before
+    assert "cat60.0 %" in after
     assert 'data-probability="0.1000 0.1333' in source
     assert "object_occlusion" in page.text.split("In other tables")[1]
 

@@ -48,7 +48,7 @@ class List {
     form.addEventListener("reset", () => setTimeout(() => { this.selected.clear(); this.tick(); this.apply(); }));
     form.querySelector("[data-share]")?.addEventListener("click", (event) => copy(location.href, event.target));
     this.apply();
-    if (this.current) this.show(this.current);
+    if (this.current) addEventListener("load", () => this.show(this.current)); // after the browser's own jump
   }
 
   addCheckboxes() {
