@@ -1,6 +1,6 @@
 """The papers' tables beside this run's: the same measure, of whatever data and network the run has.
 
-Zeiler and Fergus, Visualizing and Understanding Convolutional Networks, arXiv 1311.2901v3, whose numbers these are.
+The numbers are those of Zeiler and Fergus, Visualizing and Understanding Convolutional Networks, arXiv 1311.2901v3.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import pandas as pd
 
 from pipeline.atlas import views
 from pipeline.atlas.catalogue import ResultTable
+from pipeline.figures import paper
 from pipeline.runs import Run
 
 Rows = list[tuple[str, tuple[str, ...]]]
@@ -88,20 +89,16 @@ def _multilabel(frame: pd.DataFrame) -> Rows:
     ]
 
 
+def _rows(lines: list[list[str]]) -> Rows:
+    return [(line[0], tuple(line[1:])) for line in lines]
+
+
 PAPER_TABLES = (
     PaperTable(
         "Table 2: errors on ImageNet 2012",
         "Error on the validation images in per cent.",
         ("top-1", "top-5"),
-        [
-            ("Krizhevsky et al., 1 network", ("40.7", "18.2")),
-            ("Krizhevsky et al., 5 networks", ("38.1", "16.4")),
-            ("their replication of it, 1 network", ("40.5", "18.1")),
-            ("ZFNet, 1 network", ("38.4", "16.5")),
-            ("ZFNet, 5 networks", ("36.7", "15.3")),
-            ("ZFNet, layers 3, 4, 5 of 512, 1024, 512 maps", ("37.5", "16.0")),
-            ("ZFNet, 5 networks and that one", ("36.0", "14.7")),
-        ],
+        _rows(paper.IMAGENET),
         "evaluation",
         ("split", "views", "images", "top1_error", "top5_error"),
         _errors,
@@ -110,30 +107,16 @@ PAPER_TABLES = (
         "Table 1: correspondence",
         "Mean feature sign change when a part of five dogs' faces is masked; lower is more alike.",
         ("layer 5", "layer 7"),
-        [
-            ("right eye", ("0.067 ± 0.007", "0.069 ± 0.015")),
-            ("left eye", ("0.069 ± 0.007", "0.068 ± 0.013")),
-            ("nose", ("0.079 ± 0.017", "0.069 ± 0.011")),
-            ("random", ("0.107 ± 0.017", "0.073 ± 0.014")),
-        ],
+        _rows(paper.CORRESPONDENCE),
         "correspondence",
         ("layer", "part", "mean"),
         _correspondence,
     ),
     PaperTable(
         "Table 7: what layers are worth to another task",
-        "Mean accuracy over classes in per cent, Caltech-101, 30 images a class.",
-        ("accuracy",),
-        [
-            ("SVM (1)", ("44.8 ± 0.7",)),
-            ("SVM (2)", ("66.2 ± 0.5",)),
-            ("SVM (3)", ("72.3 ± 0.4",)),
-            ("SVM (4)", ("76.6 ± 0.4",)),
-            ("SVM (5)", ("86.2 ± 0.8",)),
-            ("SVM (7)", ("85.5 ± 0.4",)),
-            ("softmax (5)", ("82.9 ± 0.4",)),
-            ("softmax (7)", ("85.4 ± 0.4",)),
-        ],
+        "Mean accuracy over classes in per cent: Caltech-101, 30 images a class, and Caltech-256, 60 images a class.",
+        ("Caltech-101", "Caltech-256"),
+        _rows(paper.LAYERS),
         "transfer",
         ("layer", "classifier", "images_per_class", "accuracy"),
         _transfer,
@@ -152,9 +135,9 @@ PAPER_TABLES = (
 
 def beside(run: Run, found: list[ResultTable]) -> list[Beside]:
     """Each table of the paper with the rows of this run, of all tables of that kind that it has."""
-    return [Beside(paper, [row for table in found for row in _ours(run, paper, table)]) for paper in PAPER_TABLES]
+    return [Beside(theirs, [row for table in found for row in _ours(run, theirs, table)]) for theirs in PAPER_TABLES]
 
 
-def _ours(run: Run, paper: PaperTable, table: ResultTable) -> Rows:
-    frame = views.read(run, table, list(paper.columns)) if table.kind == paper.table else None
-    return paper.ours(frame) if frame is not None and len(frame) else []
+def _ours(run: Run, theirs: PaperTable, table: ResultTable) -> Rows:
+    frame = views.read(run, table, list(theirs.columns)) if table.kind == theirs.table else None
+    return theirs.ours(frame) if frame is not None and len(frame) else []

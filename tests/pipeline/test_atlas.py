@@ -248,7 +248,7 @@ def test_the_overview_leads_to_all_and_the_run_page_gives_numbers_and_pandas_lin
         assert f"/run/{table}" in text
     assert "1 sample could not be read" in text
     assert "this run, val, centre crop, 40 images25.012.5" in text  # beside the paper's table 2
-    assert "ZFNet, 1 network38.416.5" in text
+    assert "1 convnet as per figure 338.416.5" in text
     assert "Table 6: PASCAL 2012 classification: not measured yet" in text
 
 

@@ -237,7 +237,10 @@ def test_one_scale_for_all_tiles_lowers_the_contrast_of_the_faint(visit: Visit) 
     filters = "all => all.map(tile => getComputedStyle(tile).filter)"
     assert set(page.eval_on_selector_all(".projection", filters)) == {"none"}
     page.check("input[value=shared]")
-    assert set(page.eval_on_selector_all(".projection", filters)) == {"contrast(1)", "contrast(0.2)"}  # the nine; epoch 1
+    assert set(page.eval_on_selector_all(".projection", filters)) == {
+        "contrast(1)",
+        "contrast(0.2)",
+    }  # the nine; epoch 1
     assert page.url.endswith("#scale=shared")
     page = visit.open("maps/conv1/3.html#scale=shared")
     assert page.eval_on_selector_all(".projection", filters) == ["contrast(0)"]  # its projection is zero
