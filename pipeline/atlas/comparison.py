@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline import metrics
 from pipeline.atlas import catalogue, history, views
 from pipeline.atlas.catalogue import ResultTable
 from pipeline.atlas.charts import Bars, Chart
@@ -41,9 +40,7 @@ def write(site: Site, sources: Sources, faces: Sequence[Face], other: Run) -> No
         ours=ours,
         theirs=theirs,
         settings=_differing(ours.facts, theirs.facts),
-        charts=history.charts(
-            {side.name: metrics.read(side.run).sort_by("epoch").to_pydict() for side in (ours, theirs)}
-        ),
+        charts=history.charts({side.name: history.epochs(side.run, side.found) for side in (ours, theirs)}),
         layers=_by_name(ours.layers, theirs.layers),
         both=_charts_of_both(ours, theirs),
     )

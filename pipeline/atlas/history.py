@@ -8,8 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 from urllib.parse import quote
 
-from pipeline import metrics
-from pipeline.atlas import catalogue, confusion, papers
+from pipeline.atlas import catalogue, confusion, papers, views
 from pipeline.atlas.catalogue import ResultTable
 from pipeline.atlas.charts import Chart, Points, chart
 from pipeline.atlas.results import pandas_line
@@ -18,12 +17,14 @@ from pipeline.runs import Run
 
 SKIPPED_SHOWN = 200
 CLASSES_SHOWN = 60
+_METRICS = ["epoch", "learning_rate", "train_loss", "train_top1", "validation_loss"]
+_METRICS += ["validation_top1", "validation_top5", "seconds"]
 _SHOWN_APART = ("architecture", "classes", "model_id", "versions", "preprocessing", "training", "history")
 
 
 def write(site: Site, run: Run, facts: dict[str, Any], found: Sequence[ResultTable]) -> None:
     """Write run.html."""
-    epochs = metrics.read(run).sort_by("epoch").to_pydict()
+    known = epochs(run, found)
     skipped = catalogue.skipped(run)
     matrices = [(table, confusion.of(run, table)) for table in found]
     site.write_page(
@@ -36,8 +37,8 @@ def write(site: Site, run: Run, facts: dict[str, Any], found: Sequence[ResultTab
         recipe=list(flat(facts.get("training", {}))),
         more={name: as_text(value) for name, value in facts.items() if name not in _SHOWN_APART},
         data_ids=data_ids(run, found),
-        epochs=epochs,
-        charts=charts({"": epochs}),
+        epochs=known,
+        charts=charts({"": known}),
         confusions=[(table, matrix) for table, matrix in matrices if matrix],
         papers=papers.beside(run, list(found)),
         reasons=Counter((row["table"], row["reason"]) for row in skipped).most_common(),
@@ -46,6 +47,14 @@ def write(site: Site, run: Run, facts: dict[str, Any], found: Sequence[ResultTab
         result_tables=[(table, pandas_line(run.location, table)) for table in found],
         file_url=lambda path: quote(f"../{path}"),
     )
+
+
+def epochs(run: Run, found: Sequence[ResultTable]) -> dict[str, list[Any]]:
+    """The metrics that pages show, in the order of the epochs; empty where the run has none, or other ones."""
+    frames = [views.read(run, table, _METRICS) for table in found if table.name == "metrics"]
+    if not frames or frames[0] is None:
+        return {name: [] for name in _METRICS}
+    return {str(name): values for name, values in frames[0].sort_values("epoch").to_dict("list").items()}
 
 
 def flat(settings: Any, name: str = "") -> list[tuple[str, str]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from pipeline import metrics
+from pipeline.atlas import history
 from pipeline.atlas.catalogue import ResultTable
 from pipeline.atlas.layers import Face
 from pipeline.atlas.pages import Picture, map_page
@@ -40,7 +40,7 @@ def write(
         faces=faces,
         pictures=pictures[:PICTURES_SHOWN],
         pictures_total=len(pictures),
-        epochs=metrics.read(run).sort_by("epoch").to_pydict(),
+        epochs=history.epochs(run, found),
         result_tables=found,
         against=against,
         deconv_missing=[face.layer.name for face in faces if face.layer.semantics is None and face.layer.alive],
