@@ -13,6 +13,7 @@ import pyarrow.compute as pc
 from pipeline import tables
 from pipeline.atlas import views
 from pipeline.atlas.catalogue import ResultTable, in_words, within
+from pipeline.atlas.site import number
 from pipeline.runs import Run
 
 IMAGES_SHOWN = 24
@@ -125,8 +126,12 @@ def _box(known: BoxesOf, style: int, row: dict[str, Any], picture: Picture | Non
         top, left, height, width = picture.from_original(sides)
     else:
         top, left, height, width = sides
-    caption = ", ".join(f"{name.replace('_', ' ')} {in_words(row[name])}" for name in known.caption)
+    caption = ", ".join(f"{name.replace('_', ' ')} {_said(row[name])}" for name in known.caption)
     return Box(known.name, style, top, left, height, width, caption)
+
+
+def _said(value: Any) -> str:
+    return number(value) if isinstance(value, float) else in_words(value)
 
 
 def _pictures(run: Run, found: Sequence[ResultTable], keys: Sequence[str]) -> dict[str, Picture]:

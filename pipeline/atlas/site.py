@@ -105,4 +105,4 @@ def count(value: int) -> str:
 
 def share(value: float | None) -> str:
     """A share from 0 to 1 in per cent, on one line."""
-    return "–" if value is None or not np.isfinite(value) else f"{100 * value:.1f}\N{NO-BREAK SPACE}%"
+    return "–" if value is None or not np.isfinite(value) else f"{round(100 * value, 1) + 0.0:.1f}\N{NO-BREAK SPACE}%"
