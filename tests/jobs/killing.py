@@ -6,18 +6,17 @@ Each job is a process of its own, each node real Ray processes of this machine, 
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
 import uuid
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 from pipeline import checkpoints
 from pipeline.runs import Run
-from tests.conftest import ROOT
+from tests.jobs import shell
 
 SEED = int(os.environ.get("KILL_SEED", random.SystemRandom().randrange(10**6)))
 GONE_SECONDS = 60.0
@@ -83,31 +82,29 @@ def wait_until_gone(mark: str, within: float = GONE_SECONDS, *, agents: bool = F
 
 @dataclass(frozen=True)
 class Started:
-    """A job as a process."""
+    """A job as a process; what it starts can be told by a mark in the environment."""
 
-    driver: subprocess.Popen
+    driver: BaseProcess
     mark: str
     log: Path
 
-    def text(self) -> str:
-        return self.log.read_text()
-
     def end(self, within: float = 200) -> None:
         """Wait until it has ended well."""
-        assert self.driver.wait(within) == 0, self.text()
+        self.driver.join(within)
+        assert self.driver.exitcode == 0, self.log.read_text()
+
+    def require_alive(self) -> None:
+        assert self.driver.is_alive(), f"it ended before it could be killed\n{self.log.read_text()}"
+
+    def kill(self) -> None:
+        self.require_alive()
+        self.driver.kill()
+        self.driver.join()
 
 
 def start(job: str, *arguments: object, log: Path) -> Started:
     mark = uuid.uuid4().hex
-    with log.open("w") as file:
-        driver = subprocess.Popen(
-            [sys.executable, str(ROOT / "jobs" / f"{job}.py"), *map(str, arguments)],
-            env={**os.environ, "KILL_TEST": mark},
-            stdout=file,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-    return Started(driver, mark, log)
+    return Started(shell.start(job, *arguments, streams=[log, log], environment={"KILL_TEST": mark}), mark, log)
 
 
 # ------------------------------------------------------------------------------------------------------------- cluster
@@ -127,6 +124,15 @@ class Nodes:
     def add(self):
         """One more node of one CPU."""
         return self.cluster.add_node(num_cpus=1, object_store_memory=2**27)
+
+    def kill(self, victim: str, number: int, worker: bytes) -> None:
+        """A node, the head, or one of the worker processes of this name."""
+        if victim == "node":
+            self.kill_node(number)
+        elif victim == "head":
+            self.kill_head()
+        else:
+            self.kill_worker(worker, number)
 
     def kill_node(self, number: int) -> None:
         """Of one node all processes at once, and another comes in its place."""
@@ -177,30 +183,24 @@ class Moment:
     """Which of the actors, workers or nodes."""
 
     @classmethod
-    def drawn(cls, *what: object) -> "Moment":
+    def drawn(cls, stage: str, *what: object) -> "Moment":
         """The same for the same seed and words."""
         rng = random.Random(f"{SEED} {what}")
-        return cls(str(what[-1]), rng.random(), rng.uniform(0, 0.03), rng.randrange(100))
+        return cls(stage, rng.random(), rng.uniform(0, 0.03), rng.randrange(100))
 
 
 def kill_at(started: Started, reached: Callable[[], bool], moment: Moment, kill: Callable[[], None]) -> None:
     """Wait for the moment, then kill. The job must not have ended before."""
     while not reached():
-        assert started.driver.poll() is None, f"it ended before it could be killed\n{started.text()}"
+        started.require_alive()
         time.sleep(0.002)
     time.sleep(moment.later if moment.stage == "parts" else 0)
     kill()
 
 
-def kill_driver(started: Started) -> None:
-    assert started.driver.poll() is None, f"it ended before it could be killed\n{started.text()}"
-    started.driver.kill()
-    started.driver.wait()
-
-
-def committed(run: Path, work: str) -> set[str]:
+def committed(run: Path, work: str) -> set[int]:
     """Parts of a sweep."""
-    return {path.name for path in (run / "unfinished" / work).glob("*/parts/part-*")}
+    return {int(path.stem[5:]) for path in (run / "unfinished" / work).glob("*/parts/part-*")}
 
 
 def results(run: Path, tables: tuple[str, ...]) -> set[Path]:

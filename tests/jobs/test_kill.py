@@ -4,6 +4,7 @@ KILL_SEED=N draws the same moments again.
 """
 
 import shutil
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +23,6 @@ from tests.jobs.killing import (
     Nodes,
     committed,
     kill_at,
-    kill_driver,
     results,
     start,
     step,
@@ -141,14 +141,24 @@ def check_nothing_unfinished_is_seen(sweep: Sweep, run: Path, whole: Path) -> No
                 assert bits(rows) == bits(pq.read_table(whole / "results" / table / name)), (table, name)
 
 
-def check_finished(sweep: Sweep, run: Path, whole: Path, before: set[str], moment: Moment) -> None:
+def attempts(run: Path, work: str) -> dict[int, int]:
+    """Of the parts that are committed: how often they were started."""
+    folder = next((run / "unfinished" / work).glob("*/attempts"), Path())
+    return {part: len(list((folder / f"part-{part:06d}").iterdir())) for part in committed(run, work)}
+
+
+def check_finished(sweep: Sweep, run: Path, whole: Path, known: list[dict[int, int]]) -> None:
+    """
+    Args:
+        known: at each kill, how often the parts that were done had been started.
+    """
     name = sweep.tables[0]
     assert_same(whole, run, *sweep.tables)
-    account = pd.read_parquet(run / "results" / "account").query(f"table == '{name}'")
-    done = account[[f"part-{part:06d}.parquet" in before for part in account.part]]
-    assert (done.attempts == 1).all(), "a part that was done was done again"
-    assert (1 <= len(done) < len(account)) if moment.stage == "parts" else (account.attempts == 1).all()
-    manifest = next(iter(Run.at(str(run)).manifest(sweep.tables[0]).values()))
+    account = pd.read_parquet(run / "results" / "account").query(f"table == '{name}'").set_index("part")
+    for done in known:
+        assert (account.attempts[list(done)] == list(done.values())).all(), "a part that was done was done again"
+    assert 1 <= len(known[0]) < len(account), "parts are done both before the first kill and after"
+    manifest = next(iter(Run.at(str(run)).manifest(name).values()))
     skipped = pd.read_parquet(run / "results" / "skipped").query(f"table == '{name}'")
     assert account.samples.sum() == manifest["samples"]
     assert account.skipped.sum() == sum(manifest["skipped"].values()) == len(skipped)
@@ -159,80 +169,94 @@ def check_finished(sweep: Sweep, run: Path, whole: Path, before: set[str], momen
     assert not [path for path in run.rglob("*") if ".tmp-" in path.name]
 
 
-def survives(sweep: Sweep, victim: str, moment: Moment, undisturbed, tmp_path, request) -> None:
-    """Kill one process of a job at one moment, have it finished, compare."""
+def drawn(*kills: str, of: str) -> list[tuple[str, Moment]]:
+    """Victims with their moments, in the order of the run: `VICTIM` while parts are done, `VICTIM-end` after."""
+    stages = [kill.partition("-")[2] or "parts" for kill in kills]
+    moments = [
+        Moment.drawn(stage, of, number, kill) for number, (kill, stage) in enumerate(zip(kills, stages, strict=True))
+    ]
+    moments.sort(key=lambda moment: (moment.stage == "end", moment.share))
+    return [(kill.partition("-")[0], moment) for kill, moment in zip(kills, moments, strict=True)]
+
+
+def survives(sweep: Sweep, kills: list[tuple[str, Moment]], undisturbed, tmp_path, nodes) -> None:
+    """Kill processes of a job one after another, each time have it finished or give it again, compare."""
     whole, data = undisturbed
-    run, log = fresh(sweep, whole, tmp_path), tmp_path / "log"
-    nodes = Nodes() if victim == "head" else request.getfixturevalue("nodes") if victim != "driver" else None
-    address = ("--address", nodes.address) if nodes else ()
-    given = sweep.command(run, data, "--workers.cpus", 1, "--workers.num", 2 if nodes else 1)
-    started = start(sweep.job, *given, *address, log=log)
-    before: set[str] = set()
+    run, log, name = fresh(sweep, whole, tmp_path), tmp_path / "log", sweep.tables[0]
+    known: list[dict[int, int]] = []
+
+    def begin():
+        place = ("--workers.num", 2, "--address", nodes.address) if nodes else ("--workers.num", 1)
+        return start(sweep.job, *sweep.command(run, data, "--workers.cpus", 1, *place), log=log)
 
     def kill() -> None:
-        before.update(committed(run, sweep.tables[0]))
-        if victim == "actor":
-            nodes.kill_worker(b"MapWorker", moment.number)
-        elif victim == "node":
-            nodes.kill_node(moment.number)
-        else:
-            if victim == "head":
-                nodes.kill_head()
-            kill_driver(started)
+        if victim in ("actor", "node", "head"):
+            nodes.kill(victim, moment.number, b"MapWorker")
+        if victim in ("driver", "head"):
+            started.kill()
+        known.append(attempts(run, name))
 
-    kill_at(started, reached(sweep, run, whole, moment), moment, kill)
-    print(f"KILL_SEED={SEED}: {sweep.job}, {victim} killed at {moment}, {len(before)} parts were done")
-    check_nothing_unfinished_is_seen(sweep, run, whole)
-    if victim in ("actor", "node"):
-        started.end()
-    elif victim == "driver":
-        print(f"its processes were gone after {wait_until_gone(started.mark):.1f} s")
-        start(sweep.job, *given, log=log).end()
-    else:  # what is left of the old cluster goes on for a while, beside the job that is run again in one of its own
-        start(sweep.job, *sweep.command(run, data, "--workers.num", 1, "--workers.cpus", 1), log=log).end()
-        nodes.shutdown()
-    check_finished(sweep, run, whole, before, moment)
+    started = begin()
+    for victim, moment in kills:
+        kill_at(started, reached(sweep, run, whole, moment), moment, kill)
+        print(f"KILL_SEED={SEED}: {sweep.job}, {victim} killed at {moment}, {len(known[-1])} parts were done")
+        check_nothing_unfinished_is_seen(sweep, run, whole)
+        if victim == "driver" and nodes is None:
+            print(f"its processes were gone after {wait_until_gone(started.mark):.1f} s")
+        if victim == "head":  # what is left of the cluster goes on for a while, beside the job in a cluster of its own
+            nodes = None
+        if victim in ("driver", "head"):
+            started = begin()
+    started.end()
+    check_finished(sweep, run, whole, known)
 
 
-def test_a_sweep_survives_a_kill(undisturbed, tmp_path, request):
-    survives(SWEEPS["top9"], "driver", Moment.drawn("fast", "parts"), undisturbed, tmp_path, request)
+def test_a_sweep_survives_a_kill(undisturbed, tmp_path):
+    survives(SWEEPS["top9"], drawn("driver", of="fast"), undisturbed, tmp_path, None)
 
 
-VICTIMS = ("actor", "node", "driver", "head")
-KILLS = [
-    *(
-        (job, victim, "parts")
-        for job in ("top9", "deconv", "occlusion")
-        for victim in ("actor", "node", "driver", "head")
-    ),
-    *((job, "driver", "end") for job in SWEEPS),
-    ("top9", "head", "end"),
-    ("evaluate", "actor", "parts"),
-    ("evaluate", "head", "parts"),
-    ("features", "node", "parts"),
-    ("features", "driver", "parts"),
+ON_NODES = ("actor", "node", "driver-end")
+HEAD_FIRST = ("head", "driver", "driver-end")
+KILLS = [(job, ON_NODES) for job in ("top9", "deconv", "occlusion", "evaluate")] + [
+    (job, HEAD_FIRST) for job in ("top9", "deconv", "occlusion", "features")
 ]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("job", "victim", "stage"), KILLS)
-def test_a_sweep_survives_any_kill(job, victim, stage, undisturbed, tmp_path, request):
-    survives(SWEEPS[job], victim, Moment.drawn(job, victim, stage), undisturbed, tmp_path, request)
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(("job", "kills"), KILLS, ids="-".join)
+def test_a_sweep_survives_any_kills(job, kills, undisturbed, tmp_path, request):
+    with cluster_for(kills, request) as nodes:
+        survives(SWEEPS[job], drawn(*kills, of=job), undisturbed, tmp_path, nodes)
+
+
+@contextmanager
+def cluster_for(kills: tuple[str, ...], request):
+    """The cluster that the tests share, or one whose head may be killed."""
+    if "head" not in kills:
+        yield request.getfixturevalue("nodes")
+        return
+    nodes = Nodes()
+    try:
+        yield nodes
+    finally:
+        nodes.shutdown()
 
 
 # -------------------------------------------------------------------------------------------------------- of training
 
 
 @pytest.fixture(scope="module")
-def trained(undisturbed, nodes, tmp_path_factory):
+def trained(undisturbed, tmp_path_factory):
     """A training that nothing disturbed."""
     run = tmp_path_factory.mktemp("trained")
-    train(run, undisturbed[1], nodes, run / "log").end()
+    train(run, undisturbed[1], None, run / "log").end()
     return run
 
 
-def train(run: Path, data: Path, nodes: Nodes, log: Path):
-    return start("train", "--run", run, "--data", data, *TRAIN, "--decoders", 0, "--address", nodes.address, log=log)
+def train(run: Path, data: Path, nodes: Nodes | None, log: Path):
+    place = ("--address", nodes.address) if nodes else ()
+    return start("train", "--run", run, "--data", data, *TRAIN, "--decoders", 0, *place, log=log)
 
 
 def learned(run: Path) -> tuple[str, list[bytes]]:
@@ -242,58 +266,57 @@ def learned(run: Path) -> tuple[str, list[bytes]]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("victim", "stage"),
-    [("worker", "parts"), ("node", "parts"), ("driver", "parts"), ("driver", "end"), ("head", "parts")],
-)
-def test_training_survives_any_kill(victim, stage, undisturbed, trained, tmp_path, request):
-    data, run, moment = undisturbed[1], tmp_path / "run", Moment.drawn("train", victim, stage)
-    nodes = Nodes() if victim == "head" else request.getfixturevalue("nodes")
-    started = train(run, data, nodes, tmp_path / "log")
-    least = 1 + int(moment.share * (STEPS * EPOCHS - 10))
-    seen = []
-
-    def kill() -> None:
-        seen.append(step(run))
-        if victim == "worker":
-            nodes.kill_worker(b"RayTrainWorker", moment.number)
-        elif victim == "node":
-            nodes.kill_node(moment.number)
-        else:
-            if victim == "head":
-                nodes.kill_head()
-            kill_driver(started)
-
-    whole = (run / "model" / "weights.safetensors").exists
-    kill_at(started, (lambda: step(run) >= least) if stage == "parts" else whole, moment, kill)
-    print(f"KILL_SEED={SEED}: train, {victim} killed at {moment}, after step {seen[0]} of {STEPS * EPOCHS}")
-    epochs = {path: path.stat().st_mtime_ns for path in (run / "metrics").glob("epoch-*")}
-    if victim in ("worker", "node"):
-        started.end()
-    else:
-        again = Nodes() if victim == "head" else nodes
-        train(run, data, again, tmp_path / "log").end()
-        if victim == "head":
-            again.shutdown()
-            nodes.shutdown()
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("kills", [("worker", "node", "driver"), ("head", "driver", "driver-end")], ids="-".join)
+def test_training_survives_any_kills(kills, undisturbed, trained, tmp_path, request):
+    with cluster_for(kills, request) as nodes:
+        train_survives(drawn(*kills, of="train"), undisturbed[1], tmp_path, nodes)
+    run = tmp_path / "run"
     assert learned(run) == learned(trained)
-    whole_epochs = [path for path in epochs if int(path.stem[6:]) * STEPS <= seen[0]]
-    assert all(path.stat().st_mtime_ns == epochs[path] for path in whole_epochs), "an epoch was trained again"
     assert not [path for path in run.rglob("*") if path.name.startswith((".tmp-", "step-"))]
     assert not (run / "unfinished" / "train").exists()
+
+
+def train_survives(kills: list[tuple[str, Moment]], data: Path, tmp_path: Path, nodes: Nodes | None) -> None:
+    run, log, known = tmp_path / "run", tmp_path / "log", {}
+
+    def kill() -> None:
+        done = step(run)
+        print(f"KILL_SEED={SEED}: train, {victim} killed at {moment}, after step {done} of {STEPS * EPOCHS}")
+        epochs = [path for path in (run / "metrics").glob("epoch-*") if int(path.stem[6:]) * STEPS <= done]
+        known.update({path: known.get(path, path.stat().st_mtime_ns) for path in epochs})
+        if victim in ("worker", "node", "head"):
+            nodes.kill(victim, moment.number, b"RayTrainWorker")
+        if victim in ("driver", "head"):
+            started.kill()
+
+    def reached() -> bool:
+        if moment.stage == "end":
+            return (run / "model" / "weights.safetensors").exists()
+        return step(run) >= 1 + int(moment.share * (STEPS * EPOCHS - 10))
+
+    started = train(run, data, nodes, log)
+    for victim, moment in kills:
+        kill_at(started, reached, moment, kill)
+        if victim == "head":
+            nodes = None
+        if victim in ("driver", "head"):
+            started = train(run, data, nodes, log)
+    started.end()
+    assert all(path.stat().st_mtime_ns == written for path, written in known.items()), "an epoch was trained again"
 
 
 # --------------------------------------------------------------------------------------------------- what stays behind
 
 
 @pytest.mark.slow
-def test_a_killed_driver_leaves_no_process_behind(undisturbed, tmp_path, request):
+def test_a_killed_driver_leaves_no_process_behind(undisturbed, tmp_path):
     """Whatever works is gone within seconds; two idle agents of Ray, which wait for the head, within two minutes."""
     whole, data = undisturbed
-    sweep, moment = SWEEPS["occlusion"], Moment.drawn("agents", "parts")
+    sweep, moment = SWEEPS["occlusion"], Moment.drawn("parts", "agents")
     run = fresh(sweep, whole, tmp_path)
     started = start("occlusion", *sweep.command(run, data, "--workers.num", 1), log=tmp_path / "log")
-    kill_at(started, reached(sweep, run, whole, moment), moment, lambda: kill_driver(started))
+    kill_at(started, reached(sweep, run, whole, moment), moment, started.kill)
     working = wait_until_gone(started.mark, 30)
     agents = wait_until_gone(started.mark, 120, agents=True)
     print(f"after {working:.1f} s nothing worked any more, after {working + agents:.1f} s nothing was there")
