@@ -26,6 +26,7 @@ import torch
 from pipeline import cluster, metrics, tables, train
 from pipeline.cluster import Workers
 from pipeline.errors import FORESEEN, SweepFailed
+from pipeline.lease import Held
 from pipeline.progress import say
 from pipeline.runs import Run, RunError, environment
 from pipeline.shards import Index
@@ -283,7 +284,7 @@ def _outcome(options: Options, variant: Variant) -> int | str:
     """The exit status of a training, or what went wrong: it must not end the others."""
     try:
         return train.run(variant.training(options), f"ablation: {variant.name}")
-    except FORESEEN as error:
+    except (*FORESEEN, Held) as error:
         return str(error)
     except Exception as error:
         return "".join(traceback.format_exception(error))
