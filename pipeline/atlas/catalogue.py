@@ -23,6 +23,8 @@ ABOUT = {
     "deconv": "Projection and patch of every top-9 cell.",
     "pictures": "The whole pictures behind the cells, small.",
     "evolution": "Projections of every feature map's strongest cell at chosen epochs of training.",
+    "evolution_cells": "The strongest cell of every feature map at chosen epochs of training.",
+    "evolution_convergence": "How far every feature map is at chosen epochs from what it becomes.",
     "occlusion": "The three occlusion maps of every chosen image, with its clean prediction.",
     "object_occlusion": "What hiding an image's known object costs, against as much elsewhere.",
     "predictions": "Every image's five most probable classes, and its loss.",
