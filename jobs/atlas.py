@@ -1,6 +1,8 @@
 """Write the pages that show a run's results, from its tables alone.
 
 python jobs/atlas.py --run runs/demo
+
+python jobs/atlas.py --run runs/demo --against runs/other
 """
 
 import sys

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import importlib
+import json
 import os
+import pickle
+import platform
 import threading
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
@@ -20,10 +23,25 @@ from pipeline.analysis import Analysis
 from pipeline.cluster import Resources
 from pipeline.context import Options, open_context
 from pipeline.errors import FORESEEN, SweepFailed
-from pipeline.runs import require_visible
+from pipeline.runs import RunError, require_visible, versions
 from pipeline.shards import Skipped
-from pipeline.work import Work
+from pipeline.storage import Location
+from pipeline.waiting import Spent, Waiting
+from pipeline.work import Work, begin_start, reasons
 from zfnet.activations import NotFinite
+
+WORKER_DIED = "worker_died"
+"""The reason in `skipped` of the images of a part that was given up."""
+
+Pictures = tuple[list[Any], list[Skipped]]
+"""Of a batch: what was decoded and what was skipped."""
+
+Done = tuple[int, Any, list[Skipped]]
+"""Of a batch: how many images were read, what became of them, and what was skipped."""
+
+
+class GivenUp(Exception):
+    """The part killed its worker again and again."""
 
 
 class PartActor:
@@ -31,7 +49,8 @@ class PartActor:
 
     Several parts may be called for at once, each in a thread of its own: their batches share the actor's threads in the
     order of the calls, so that these go on with the next part while the last batches of one are waited for, reduced
-    and committed.
+    and committed. A part that was begun before, and did not end, may have killed its worker: it is done again with
+    nothing beside it, so that what it does is not taken for the fault of others.
     """
 
     def __init__(
@@ -44,87 +63,172 @@ class PartActor:
         session: str,
         token: str | None,
     ) -> None:
-        self.session, self.limit = session, options.attempts
+        self.session, self.options = session, options
         self.threads = resources.cpus
-        self.device = "cuda" if resources.gpus else "cpu"
+        self.device = options.device or ("cuda" if resources.gpus else "cpu")
         self.error = ""
         self.pool = ThreadPoolExecutor(self.threads)
         self.using_gpu = threading.Lock()
+        self.turns = Turns()
+        self.waiting = Waiting(self.threads if self.device == "cpu" else 1)
+        starting = None
         try:
             _deterministic()
             if token is not None:
                 require_visible(token)
+                most = (resources.num or 1) * (options.attempts + 1)
+                starting = begin_start(Location.of(token).parent, session, most)
+            _require_device(self.device, resources)
             self.analysis: Analysis = importlib.import_module(module).ANALYSIS
             context = open_context(options, config, self.analysis.table, self.device)
             self.work = Work.of(context, self.analysis, slices)
-            self.work.require_environment(self.device)
+            self._ready()
             self.state = self.analysis.setup(context, slices)
         except Exception as error:  # an actor that cannot start would be restarted for ever
-            self.error = _explain(error)
+            self.error = explain(error)
+        finally:
+            if starting is not None:
+                starting.delete()
 
-    def __call__(self, batch: dict[str, Any]) -> dict[str, list[Any]]:
+    def _ready(self) -> None:
+        self.work.require_environment(self.device)
+
+    def __call__(self, batch: dict[str, Any]) -> Any:
         """One part in, one row out; errors are returned, because Ray would retry them for ever."""
         number = int(batch["part"][0])
-        samples, error = 0, self.error
+        samples, report, given_up = 0, "{}", False
+        error = self.error or str(batch.get("error", [""])[0])
         if not error:
             try:
-                samples = self._do(number)
+                with self.waiting.part() as spent:
+                    report = json.dumps(self._do(number, batch, spent))
+                samples = self.work.parts[number].num_rows
+            except GivenUp as problem:
+                error, given_up = str(problem), True
             except Exception as problem:
-                error = _explain(problem)
-        return {"part": [number], "samples": [samples], "error": [error]}
+                error = explain(problem)
+        row = {"part": number, "samples": samples, "error": error, "given_up": given_up, "report": report}
+        return {name: [value] for name, value in row.items()}
 
     def close(self) -> None:
         """Begin nothing more: parts that are under way end with an error, which nobody reads."""
         self.pool.shutdown(wait=False, cancel_futures=True)
 
-    def _do(self, number: int) -> int:
-        # A part begins when a thread is free for it: a worker's death while it waits is none of its attempts.
-        attempt = self.pool.submit(self.work.begin_attempt, number, self.session).result()
-        if attempt > self.limit:
-            raise SweepFailed(f"its worker died {self.limit} times in a row (out of memory?): give up")
+    def _do(self, number: int, batch: dict[str, Any], spent: Spent) -> dict[str, Any]:
+        """Compute and commit a part, or give it up. Returns what is reported of it."""
+        suspect = self.work.was_begun(number)
         started = time.time()
-        table, skipped = self.compute(number)
-        self.work.commit(number, table, skipped, self.device, time.time() - started)
-        return int(self.work.parts[number].num_rows)
+        with self.turns.take(alone=suspect):
+            if suspect and self.work.part(number).exists():
+                return self._report([], started, spent, suspect)  # its worker died after the commit
+            if why := str(batch.get("given_up", [""])[0]) or self._why_not(number, suspect):
+                return self._report(self._give_up(number, why), started, spent, suspect)
+            started = time.time()
+            table, skipped = self.compute(number, _decoded(batch), spent)
+            self.work.commit(number, table, skipped, self.device, time.time() - started)
+            return self._report(skipped, started, spent, suspect)
 
-    def compute(self, number: int) -> tuple[pa.Table, list[Skipped]]:
-        """The rows of a part, and what was skipped of it. Nothing is written."""
+    def _why_not(self, number: int, suspect: bool) -> str | None:
+        """Why a part is given up; None where it is not, and then an attempt at it is counted."""
+        if suspect and (why := self.work.why_given_up(number)):
+            return why
+        # A part begins when a thread is free for it: a worker's death while it waits is none of its attempts.
+        attempt = self.pool.submit(self.work.begin_attempt, number, self.session, suspect).result()
+        if attempt > self.options.attempts:
+            return f"its worker died {attempt - 1} times while it did nothing else"
+        return None
+
+    def _give_up(self, number: int, why: str) -> list[Skipped]:
+        """Commit the part with all its images skipped, if that is the user's choice. Raises: GivenUp if it is not."""
+        self.work.give_up(number, why)
+        if self.options.given_up == "retry":
+            raise GivenUp(why)
+        rows = self.work.parts[number].select(["shard", "key"]).to_pylist()
+        skipped = [Skipped(row["shard"], row["key"], WORKER_DIED, why) for row in rows]
+        table = tables.conform(self.analysis.reduce_part(self.work.context, []), self.work.part_schema)
+        self.work.commit(number, table, skipped, self.device, 0.0)
+        return skipped
+
+    def _report(self, skipped: list[Skipped], started: float, spent: Spent, again: bool) -> dict[str, Any]:
+        """What docs/cluster.md says of a part's log line."""
+        return {
+            "skipped": reasons(skipped),
+            "seconds": round(time.time() - started, 3),
+            **spent.report(),
+            "again": again,
+            "node": platform.node(),
+            "device": self.device,
+        }
+
+    def compute(
+        self, number: int, decoded: list[Pictures] | None = None, spent: Spent | None = None
+    ) -> tuple[pa.Table, list[Skipped]]:
+        """The rows of a part, and what was skipped of it. Nothing is written.
+
+        Args:
+            decoded: its batches, where a decoder made them.
+            spent: counts on what the time goes.
+        """
         rows = self.work.parts[number]
-        results, skipped, read = self._results(rows)
+        results, skipped, read = self._results(rows, decoded, spent or Spent())
         if read + len(skipped) != rows.num_rows:
             raise SweepFailed(f"{rows.num_rows} samples in, {read} read and {len(skipped)} skipped: a fault of ours")
         return tables.conform(self.analysis.reduce_part(self.work.context, results), self.work.part_schema), skipped
 
-    def _results(self, rows: pa.Table) -> tuple[list[Any], list[Skipped], int]:
-        """The analysis's result of every batch, in order, what was skipped, and how many images were read.
-
-        On a CPU each thread takes whole batches with one torch thread, so neither decoding nor the network ever
-        waits, and the number of threads cannot change a sum. On a GPU threads decode ahead of it.
-        """
+    def batches(self, rows: pa.Table) -> list[pa.Table]:
+        """A part's samples as they go through the network together."""
         size = self.work.context.config.batch_size
-        batches = [rows.slice(start, size) for start in range(0, rows.num_rows, size)]
+        return [rows.slice(start, size) for start in range(0, rows.num_rows, size)]
+
+    def decode(self, rows: pa.Table) -> Pictures:
+        """The pictures of a batch, and what was skipped of it."""
+        return self.analysis.decode(self.work.context, self.state, rows)
+
+    def _results(
+        self, rows: pa.Table, decoded: list[Pictures] | None, spent: Spent
+    ) -> tuple[list[Any], list[Skipped], int]:
+        """The analysis's result of every batch, in order, what was skipped, and how many images were read."""
+        batches = self.batches(rows)
         skipped: list[Skipped] = []
         results: list[Any] = []
         read = 0
-        on_cpu = self.device == "cpu"
-        for images, result, not_read in self.pool.map(self._prepare_and_map if on_cpu else self._prepare, batches):
+        done = self._on_cpu if self.device == "cpu" else self._on_gpu
+        for images, result, not_read in done(batches, decoded or [None] * len(batches), spent):
             skipped += not_read
             read += images
             if images:
-                results.append(result if on_cpu else self._map_alone(result))
+                results.append(result)
         return results, skipped, read
 
-    def _prepare_and_map(self, rows: pa.Table) -> tuple[int, Any, list[Skipped]]:
-        images, batch, skipped = self._prepare(rows)
-        return images, None if batch is None else self._map(batch), skipped
+    def _on_cpu(self, batches: list[pa.Table], decoded: Sequence[Pictures | None], spent: Spent) -> Iterator[Done]:
+        """Each thread takes whole batches with one torch thread, so neither decoding nor the network ever waits, and
+        the number of threads cannot change a sum."""
 
-    def _prepare(self, rows: pa.Table) -> tuple[int, Any, list[Skipped]]:
-        batch, skipped = self.analysis.prepare(self.work.context, self.state, rows)
-        return 0 if batch is None else len(batch.pictures), batch, skipped
+        def prepare_and_map(rows: pa.Table, decoded: Pictures | None) -> Done:
+            with spent.on("waited"):
+                images, batch, skipped = self._prepare(rows, decoded)
+            with spent.on("network"):
+                return images, self._map(batch) if images else None, skipped
 
-    def _map_alone(self, batch: Any) -> Any:
-        with self.using_gpu:  # its memory is for one batch at a time
-            return self._map(batch)
+        return self.pool.map(prepare_and_map, batches, decoded)
+
+    def _on_gpu(self, batches: list[pa.Table], decoded: Sequence[Pictures | None], spent: Spent) -> Iterator[Done]:
+        """Threads decode ahead of the network."""
+        ahead = self.pool.map(self._prepare, batches, decoded)
+        for _ in batches:
+            with spent.on("waited"):
+                images, batch, skipped = next(ahead)
+            with self.using_gpu, spent.on("network"):  # its memory is for one batch at a time
+                result = self._map(batch) if images else None
+            yield images, result, skipped
+
+    def _prepare(self, rows: pa.Table, decoded: Pictures | None) -> Done:
+        pictures, skipped = decoded or self.decode(rows)
+        return (
+            len(pictures),
+            self.analysis.batch(self.work.context, self.state, pictures) if pictures else None,
+            skipped,
+        )
 
     def _map(self, batch: Any) -> Any:
         try:
@@ -137,6 +241,32 @@ class PartActor:
             ) from None
 
 
+class Turns:
+    """Parts side by side, or one with nothing beside it."""
+
+    def __init__(self) -> None:
+        self.changed = threading.Condition()
+        self.under_way = self.waiting = 0
+        self.alone = False
+
+    @contextmanager
+    def take(self, alone: bool) -> Iterator[None]:
+        """Wait for a turn, and hold it while the block runs; who wants to be alone comes first."""
+        with self.changed:
+            self.waiting += alone
+            self.changed.wait_for(lambda: not (self.under_way if alone else self.alone or self.waiting))
+            self.waiting -= alone
+            self.under_way += 1
+            self.alone = alone
+        try:
+            yield
+        finally:
+            with self.changed:
+                self.under_way -= 1
+                self.alone = False
+                self.changed.notify_all()
+
+
 def _deterministic() -> None:
     """The same bits for any number of workers and threads, on the same device and versions."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic only with a fixed workspace
@@ -147,7 +277,29 @@ def _deterministic() -> None:
     torch.backends.cuda.matmul.allow_tf32 = False
 
 
-def _explain(error: Exception) -> str:
+def _require_device(device: str, resources: Resources) -> None:
+    if device == "cuda" and not torch.cuda.is_available():
+        given = f"Ray gave it {resources.gpus:g} GPUs" if resources.gpus else "--device is cuda"
+        raise RunError(
+            f"a worker on node {platform.node()} has no CUDA: {given}, and torch sees none; install the driver and a "
+            "torch for it there, or give --device cpu"
+        )
+
+
+def _decoded(batch: dict[str, Any]) -> list[Pictures] | None:
+    """A part's pictures, where a decoder made them."""
+    if "decoded" not in batch:
+        return None
+    made_with, decoded = pickle.loads(batch["decoded"][0])
+    if made_with != versions():
+        raise RunError(
+            f"it was decoded with {made_with}, and this worker has {versions()}: install the same on all nodes"
+        )
+    found: list[Pictures] = decoded
+    return found
+
+
+def explain(error: Exception) -> str:
     """What went wrong, in words where the project foresaw it, else with the stack: then it is a fault of ours."""
     if isinstance(error, FORESEEN):
         return str(error)

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import pyarrow as pa
 
-from pipeline.context import Context, centre_crops
+from pipeline.context import Context, centre_crops, normalised
 from pipeline.runs import RunError
 from pipeline.shards import Skipped
 from pipeline.storage import Location
@@ -77,9 +77,11 @@ class Analysis:
     """Slices to make -> the rows of Index.split that they need, in index order."""
     setup: Callable[[Context, list[str]], Any] = _no_setup
     """Slices to make -> whatever `map_batch` needs, once for each actor."""
-    prepare: Callable[[Context, Any, pa.Table], tuple[Any, list[Skipped]]] = centre_crops
-    """Samples -> the batch, None where it is empty, and what was skipped; in threads, ahead of the network. A batch has
-    `pictures`, each with its `sample`."""
+    decode: Callable[[Context, Any, pa.Table], tuple[list[Any], list[Skipped]]] = centre_crops
+    """Samples -> decoded pictures, each with its `sample`, and what was skipped; in threads ahead of the network, or on
+    nodes of their own (--decoders): pictures are plain data on no device, and need no member with the image again."""
+    batch: Callable[[Context, Any, list[Any]], Any] = normalised
+    """Decoded pictures, at least one -> the batch with them as `pictures`, on the device; in threads too."""
     map_batch: Callable[[Context, Any, Any], Any]
     """Batch -> anything; runs without gradients, for several batches at once in threads."""
     reduce_part: Callable[[Context, list[Any]], pa.Table]

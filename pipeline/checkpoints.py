@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from safetensors.torch import load, save
 
-from pipeline.runs import Run, RunError
+from pipeline.runs import Run, RunError, clear
 from pipeline.shards import Skipped
-from pipeline.storage import Location
+from pipeline.storage import Location, StorageError
 
 EVOLUTION = (1, 2, 5, 10, 20, 30, 40, 64)
 """Epochs of the paper's figure 4, kept for the evolution analysis."""
@@ -84,35 +84,50 @@ def _manifest(folder: Location) -> dict[str, Any]:
 
 
 def write(run: Run, checkpoint: Checkpoint) -> None:
-    """Commit a checkpoint, then drop what is no longer needed of earlier ones."""
-    folder = run.location / "checkpoints" / checkpoint.name
-    (folder / "weights.safetensors").write(save(checkpoint.tensors))
-    buffer = io.BytesIO()
-    torch.save(checkpoint.optimizer, buffer)
-    (folder / "optimizer.pt").write(buffer.getvalue())
-    skipped = sorted([s.shard, s.key, s.reason, s.detail] for s in checkpoint.skipped)
-    state = {name: getattr(checkpoint, name) for name in ("step", "epoch", "history", "sums", "seconds")}
-    (folder / "manifest.json").write(json.dumps({**state, "skipped": skipped}).encode())
+    """Commit a checkpoint, then drop what is no longer needed of earlier ones.
+
+    Another process may be at work on the same training (pipeline/lease.py): if it is further, it may have dropped this
+    one while it was written, and nothing is lost.
+    """
+    try:
+        _commit(run, checkpoint)
+    except StorageError:
+        further = newest(run)
+        if further is None or _step(run, further) <= checkpoint.step:
+            raise
+        return
     for epoch in finished(run):
         if epoch < checkpoint.epoch - 1:
             _drop(run, epoch)
     for name in (run.location / "checkpoints").names():
-        if name.startswith("step-") and name != checkpoint.name:
+        # Only earlier ones: of a process that is further this one drops nothing.
+        if name.startswith("step-") and name != checkpoint.name and int(name[5:]) <= checkpoint.step:
             _delete(run.location / "checkpoints" / name)
+
+
+def _commit(run: Run, checkpoint: Checkpoint) -> None:
+    folder = run.location / "checkpoints" / checkpoint.name
+    (folder / "weights.safetensors").write(save(checkpoint.tensors), run.training)
+    buffer = io.BytesIO()
+    torch.save(checkpoint.optimizer, buffer)
+    (folder / "optimizer.pt").write(buffer.getvalue(), run.training)
+    skipped = sorted([s.shard, s.key, s.reason, s.detail] for s in checkpoint.skipped)
+    state = {name: getattr(checkpoint, name) for name in ("step", "epoch", "history", "sums", "seconds")}
+    (folder / "manifest.json").write(json.dumps({**state, "skipped": skipped}).encode(), run.training)
 
 
 def _drop(run: Run, epoch: int) -> None:
     """Only the last two epochs can be gone on from; of the others the weights of figure 4's epochs stay."""
     folder = run.location / "checkpoints" / f"epoch-{epoch:04d}"
     if epoch in EVOLUTION:
-        (folder / "optimizer.pt").delete()
+        clear(folder / "optimizer.pt")
     else:
         _delete(folder)
 
 
 def _delete(folder: Location) -> None:
-    (folder / "manifest.json").delete()
-    folder.delete()
+    clear(folder / "manifest.json")
+    clear(folder)
 
 
 def read(run: Run, name: str) -> Checkpoint:

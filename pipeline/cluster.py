@@ -5,12 +5,14 @@ from __future__ import annotations
 import logging
 import os
 import re
+import signal
 import socket
 import tempfile
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,8 @@ OBJECT_STORE_BYTES = 512 * 2**20
 PARTS_AT_ONCE = 2
 """Of one actor: while the last batches of a part are waited for and its rows committed, the next one begins."""
 
+_MARK = 0.001
+"""How much an actor asks of a resource that only marks nodes: a thousand actors find room on each of them."""
 
 ELASTIC_SECONDS = 15.0
 """Between two looks for room for more training workers; also how long a group whose nodes are gone is waited for."""
@@ -45,13 +49,35 @@ class Workers:
     cpus: int | None = None
     """CPU cores of an actor; default its share of the smallest node."""
     gpus: float | None = None
-    """GPUs of an actor, fractions allowed; default 1 where the cluster has GPUs, else 0."""
+    """GPUs of an actor; with 0.5, two actors share a GPU; default 1 where the cluster has GPUs, else 0."""
+    on: str | None = None
+    """Only nodes that have this Ray resource: accelerator_type:A10G, or one that cluster.yaml gives them."""
 
     def __post_init__(self) -> None:
         for name, least in (("num", 0), ("cpus", 1), ("gpus", 0)):
             value = getattr(self, name)
             if value is not None and value < least:
                 raise CannotSchedule(f"--workers.{name} is {value}: give at least {least}")
+        if self.gpus and self.gpus > 1 and self.gpus % 1:
+            raise CannotSchedule(f"--workers.gpus is {self.gpus:g}: give a whole number, or a share below 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decoders:
+    """Actors that only read and decode, on nodes without GPUs, for workers that would wait for images. They never
+    change a result."""
+
+    num: int = 0
+    """How many; 0: every worker decodes for itself."""
+    cpus: int = 1
+    """CPU cores of each."""
+    on: str = "decoding"
+    """The Ray resource that marks the nodes for them; no node that a worker fits on may have it."""
+
+    def __post_init__(self) -> None:
+        for name, least in (("num", 0), ("cpus", 1)):
+            if getattr(self, name) < least:
+                raise CannotSchedule(f"--decoders.{name} is {getattr(self, name)}: give at least {least}")
 
 
 @dataclass(frozen=True)
@@ -61,6 +87,28 @@ class Resources:
     num: int
     cpus: int
     gpus: float
+    on: str | None = None
+
+    @property
+    def marks(self) -> dict[str, float]:
+        """Of each Ray resource that marks its nodes, how much it asks for."""
+        return {} if self.on is None else {self.on: _MARK}
+
+    def room(self, node: dict[str, float]) -> int:
+        """How many of them a node holds."""
+        if self.on is not None and not node.get(self.on):
+            return 0
+        on_cpus = int(node.get("CPU", 0) // self.cpus)
+        return min(on_cpus, _on_gpus(node, self.gpus)) if self.gpus else on_cpus
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Actors that every part goes through."""
+
+    actor: type
+    arguments: dict[str, Any]
+    resources: Resources
 
 
 @contextmanager
@@ -135,22 +183,52 @@ def resolve(workers: Workers) -> Resources:
     found = nodes()
     gpus_there = sum(node.get("GPU", 0) for node in found)
     gpus = workers.gpus if workers.gpus is not None else float(gpus_there > 0)
-    usable = [node for node in found if node.get("CPU", 0) >= 1 and node.get("GPU", 0) >= gpus]
+    least = Resources(1, 1, gpus, workers.on)
+    usable = [node for node in found if least.room(node)]
     if not usable:
-        raise CannotSchedule(f"an actor needs at least 1 CPU and {gpus:g} GPUs; {_describe(found)}")
+        marked = f" and the resource {workers.on!r}" if workers.on else ""
+        raise CannotSchedule(f"an actor needs at least 1 CPU and {gpus:g} GPUs{marked}; {_describe(found)}")
     share = -(-workers.num // len(usable)) if workers.num else 1
-    per_node = [max(share, int(node["GPU"] // gpus)) if gpus else share for node in usable]
+    per_node = [max(share, _on_gpus(node, gpus)) if gpus else share for node in usable]
     cpus = workers.cpus or max(1, int(min(node["CPU"] // n for node, n in zip(usable, per_node, strict=True))))
-    room = sum(
-        int(min(node["CPU"] // cpus, node.get("GPU", 0) // gpus if gpus else node["CPU"] // cpus)) for node in usable
-    )
+    resources = Resources(1, cpus, gpus, workers.on)
+    room = sum(resources.room(node) for node in usable)
     num = workers.num or max(1, min(room, sum(per_node)))
     if num > room:
         raise CannotSchedule(
             f"{num} workers of {cpus} CPUs and {gpus:g} GPUs each were asked for, {room} fit; {_describe(found)}. Ask "
             "for fewer workers, or fewer CPUs or GPUs for each (--workers.num, --workers.cpus, --workers.gpus)"
         )
-    return Resources(num, cpus, gpus)
+    return replace(resources, num=num)
+
+
+def resolve_decoders(decoders: Decoders, workers: Resources) -> Resources:
+    """What each decoder gets, on nodes that workers and decoders cannot take from each other.
+
+    Raises: CannotSchedule where they would not all fit, or could keep a worker from its place.
+    """
+    resources = Resources(decoders.num, decoders.cpus, 0.0, decoders.on)
+    found = nodes()
+    marked = [node for node in found if node.get(decoders.on)]
+    room = sum(resources.room(node) for node in marked)
+    if decoders.num > room:
+        raise CannotSchedule(
+            f"{decoders.num} decoders of {decoders.cpus} CPUs each were asked for, and {room} fit on the {len(marked)} "
+            f"nodes with the resource {decoders.on!r} (--decoders.on); {_describe(found)}. Ask for fewer, or give "
+            "nodes that resource: see docs/cluster.md"
+        )
+    if any(workers.room(node) for node in marked):
+        raise CannotSchedule(
+            f"workers fit on nodes with the resource {decoders.on!r} as well, and could wait for decoders there for "
+            "ever: give the workers GPUs, or nodes of their own (--workers.on)"
+        )
+    return resources
+
+
+def _on_gpus(node: dict[str, float], gpus: float) -> int:
+    """How many actors the GPUs of a node hold; a share of a GPU is always of one GPU."""
+    there = int(node.get("GPU", 0))
+    return there // int(gpus) if gpus >= 1 else there * int(1 / gpus + 1e-6)
 
 
 def _describe(found: list[dict[str, float]]) -> str:
@@ -184,7 +262,7 @@ def fit(
             scaling_config=ScalingConfig(
                 num_workers=resources.num if most is None else (resources.num, most),
                 use_gpu=resources.gpus > 0,
-                resources_per_worker={"CPU": resources.cpus, "GPU": resources.gpus},
+                resources_per_worker={"CPU": resources.cpus, "GPU": resources.gpus, **resources.marks},
                 elastic_resize_monitor_interval_s=ELASTIC_SECONDS,
             ),
             run_config=RunConfig(
@@ -192,9 +270,23 @@ def fit(
             ),
         )
         try:
-            trainer.fit()
+            with _interruptible():
+                trainer.fit()
         except TrainingFailedError as error:
             raise TrainingFailed(str(error)) from None
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Ctrl-C ends the block with KeyboardInterrupt: Ray Train takes the signal for itself, and leaves with status 0."""
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    except SystemExit:
+        raise KeyboardInterrupt from None
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, before)
 
 
 def train_context() -> tuple[int, int, str]:
@@ -206,34 +298,40 @@ def train_context() -> tuple[int, int, str]:
     return context.get_world_rank(), context.get_world_size(), str(ray.train.torch.get_device())
 
 
-def map_parts(
-    actor: type, arguments: dict[str, Any], parts: list[dict[str, Any]], resources: Resources
-) -> Iterator[Any]:
-    """Send every part to an actor; yields each row an actor returns, as it comes.
+def map_parts(parts: list[dict[str, Any]], *stages: Stage) -> Iterator[Any]:
+    """Send every part through the stages; yields each row that an actor of the last one returns, as it comes.
 
     Ray Data may run a part more than once (actors are restarted for ever): actors must commit idempotently and
     count their attempts themselves.
     """
     logging.getLogger("ray.data").setLevel(logging.ERROR)
-    if resources.num == 0:
-        yield from _in_process(actor(**arguments), parts)
+    if stages[-1].resources.num == 0:
+        (alone,) = stages
+        yield from _in_process(alone.actor(**alone.arguments), parts)
         return
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False  # the job says itself how far it is
     context.print_on_execution_start = False
-    dataset = ray.data.from_items(parts, override_num_blocks=len(parts)).map_batches(
-        actor,
-        fn_constructor_kwargs=arguments,
+    dataset = ray.data.from_items(parts, override_num_blocks=len(parts))
+    for stage in stages:
+        dataset = _through(dataset, stage, len(parts))
+    yield from dataset.iter_rows()
+
+
+def _through(dataset: ray.data.Dataset, stage: Stage, parts: int) -> ray.data.Dataset:
+    return dataset.map_batches(
+        stage.actor,
+        fn_constructor_kwargs=stage.arguments,
         batch_size=1,
         compute=ray.data.ActorPoolStrategy(
-            size=min(resources.num, len(parts)),
+            size=min(stage.resources.num, parts),
             max_concurrent_calls_per_actor=PARTS_AT_ONCE,
             enable_true_multi_threading=True,
         ),
-        num_cpus=resources.cpus,
-        num_gpus=resources.gpus or None,
+        num_cpus=stage.resources.cpus,
+        num_gpus=stage.resources.gpus or None,
+        resources=stage.resources.marks or None,
     )
-    yield from dataset.iter_rows()
 
 
 def _in_process(actor: Any, parts: list[dict[str, Any]]) -> Iterator[Any]:

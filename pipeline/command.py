@@ -1,7 +1,7 @@
 """How a job talks to the shell: options from dataclasses, messages instead of stacks, exit statuses.
 
 0: done. 1: refused or failed, with a message. 2: the command line is wrong. 3: done, but more samples were skipped
-than allowed. 130: interrupted; the same command goes on where it stopped.
+than allowed. 4: another process is at work on the same. 130: interrupted; the same command goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -14,6 +14,9 @@ from types import TracebackType
 
 import tyro
 
+EXIT_HELD = 4
+"""Exit status of a job that another process is at work on."""
+
 FLAT = tyro.conf.arg(name="")
 """Marks an argument of a job whose fields become options without a prefix."""
 
@@ -21,12 +24,16 @@ FLAT = tyro.conf.arg(name="")
 def run(main: Callable[..., int | None], description: str | None) -> int:
     """Parse the command line into the arguments of `main`, call it, and return the exit status."""
     from pipeline.errors import FORESEEN
+    from pipeline.lease import Held
 
     try:
         return tyro.cli(main, description=description) or 0
     except FORESEEN as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except Held as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_HELD
     except KeyboardInterrupt:
         _say_how_to_go_on()
         return 130

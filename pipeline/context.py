@@ -12,7 +12,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from pipeline.cluster import Workers
+from pipeline.cluster import Decoders, Workers
 from pipeline.runs import Model, Run, RunError, require_name
 from pipeline.shards import Index, Sample, Skipped
 from pipeline.sources.default import DEFAULT
@@ -48,15 +48,29 @@ class Options:
     max_skipped: float = 0.01
     """Largest share of samples that may be skipped; above it the job ends with exit status 3."""
     attempts: int = 3
-    """How often a part is started in one call of a job before it is given up."""
+    """How often a part may kill its worker, with nothing beside it there, before it is given up in this call."""
+    given_up: Literal["retry", "skip"] = "retry"
+    """What becomes of such parts. retry: all others are done, the job ends with exit status 1, and the same command
+    tries them again. skip: their images are skipped (reason worker_died), and the table is finished without them."""
+    device: Literal["cpu", "cuda"] | None = None
+    """Where the network runs; default cuda for a worker that gets a GPU, else cpu."""
+    log_parts: bool = False
+    """Print a line of JSON for each part as well, for log collectors: docs/cluster.md names its fields."""
     workers: Workers = field(default_factory=Workers)
     """What the job asks of the cluster."""
+    decoders: Decoders = field(default_factory=Decoders)
+    """Reading and decoding on nodes of their own."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.max_skipped <= 1:
             raise RunError(f"--max-skipped is {self.max_skipped}: give a share from 0 to 1")
         if self.attempts < 1:
             raise RunError(f"--attempts is {self.attempts}: give at least 1")
+        if self.decoders.num and self.workers.num == 0:
+            raise RunError(
+                f"--decoders.num is {self.decoders.num} and --workers.num 0, which is without Ray: decoders need "
+                "workers on other nodes"
+            )
         require_name(self.name)
 
     def resolved(self) -> Options:
@@ -163,16 +177,17 @@ def read(context: Context, rows: pa.Table, look: Callable[[Sample, int], T]) -> 
     return seen, skipped
 
 
-def centre_crops(context: Context, state: Any, rows: pa.Table) -> tuple[Batch | None, list[Skipped]]:
-    """What the run's network sees of these rows; no batch where none of them could be read."""
-    preprocessing = context.model.preprocessing
-    size = preprocessing.resize_px, preprocessing.crop_px
+def centre_crops(context: Context, state: Any, rows: pa.Table) -> tuple[list[Picture], list[Skipped]]:
+    """The run's network's own pixels of these rows."""
+    size = context.model.preprocessing.resize_px, context.model.preprocessing.crop_px
 
     def look(sample: Sample, number: int) -> Picture:
         return Picture(sample, number, *images.input_pixels(sample.image, *size, scaled=context.decode == "scaled"))
 
-    pictures, skipped = read(context, rows, look)
-    if not pictures:
-        return None, skipped
+    return read(context, rows, look)
+
+
+def normalised(context: Context, state: Any, pictures: list[Picture]) -> Batch:
+    """What the run's network sees of them."""
     pixels = torch.from_numpy(np.stack([picture.pixels for picture in pictures])).to(context.device)
-    return Batch(pictures, preprocessing.normalise(pixels)), skipped
+    return Batch(pictures, context.model.preprocessing.normalise(pixels))

@@ -1,14 +1,14 @@
-"""The main job once, on the embedded data set: images -> shards -> training -> three sweeps -> atlas."""
+"""The main job once, on the embedded data set: images -> shards -> training -> sweeps -> atlas."""
 
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pandas as pd
 
-from pipeline import atlas, cluster, metrics, sweep, train
-from pipeline.analyses import deconv, occlusion, top9
+from pipeline import atlas, cluster, derive, metrics, sweep, train
+from pipeline.analyses import deconv, duplicates, evaluation, groups, occlusion, pictures, top9
 from pipeline.context import Options as SweepOptions
 from pipeline.probes import linear_baselines
 from pipeline.progress import say
@@ -34,12 +34,18 @@ def run(options: Options) -> int:
     started = time.time()
     index = shards_or_default(options.data, None)
     sweeps = SweepOptions(run=options.run, data=options.data)
+    tables = derive.Options(run=options.run)
     with cluster.connected(None):
         status = max(
             train.run(train.Options(run=options.run, data=options.data, epochs=options.epochs)),
             sweep.run(top9.ANALYSIS, sweeps, top9.Config()),
             sweep.run(deconv.ANALYSIS, sweeps, deconv.Config()),
             sweep.run(occlusion.ANALYSIS, sweeps, occlusion.Config(first=12)),
+            sweep.run(evaluation.ANALYSIS, sweeps, evaluation.Config()),
+            derive.run(duplicates.ANALYSIS, tables, duplicates.Config()),
+            derive.run(groups.ANALYSIS, tables, groups.Config()),
+            sweep.run(pictures.ANALYSIS, sweeps, pictures.Config()),
+            sweep.run(pictures.ANALYSIS, replace(sweeps, name="groups"), pictures.Config(of="groups")),
         )
     page = atlas.build(Run.at(options.run), atlas.Options())
     _say_accuracy(options, linear_baselines(index, "zfnet_small"))

@@ -357,6 +357,7 @@ class Trainer:
             classes=self.classes,
             preprocessing=self.preprocessing,
             about={"training": describe(self.plan), "skipped": len(skipped), "history": self.history},
+            staging=self.run_directory.training,
         )
 
     def _all_skipped(self) -> set[Skipped]:
@@ -368,7 +369,8 @@ class Trainer:
     def _write_skipped(self, skipped: list[Skipped]) -> None:
         columns = {name: [getattr(s, name) for s in skipped] for name in ("shard", "key", "reason", "detail")}
         table = tables.conform({"table": ["train"] * len(skipped), **columns}, tables.SKIPPED)
-        tables.write(table, self.run_directory.location / "results" / "skipped" / "train.parquet")
+        location = self.run_directory.location / "results" / "skipped" / "train.parquet"
+        tables.write(table, location, self.run_directory.training)
 
 
 def describe(plan: Plan) -> dict[str, Any]:

@@ -10,10 +10,8 @@ import time
 from typing import Any
 
 import pyarrow as pa
-import ray
-from ray.util.metrics import Gauge
 
-from pipeline import tables
+from pipeline import gauges, tables
 from pipeline.runs import Run
 from pipeline.storage import Location
 
@@ -36,14 +34,17 @@ METRICS = pa.schema(
     ]
 )
 
-
-_GAUGES: dict[str, Gauge] = {}
+MEANING = {
+    **{name: str(METRICS.field(name).metadata[b"doc"].decode()) for name in METRICS.names},
+    "step": "Steps of training so far.",
+}
+"""Of the gauges of training, tagged `run`."""
 
 
 def write(run: Run, row: dict[str, float]) -> None:
     """Commit the row of one epoch."""
     table = tables.conform({name: [row[name]] for name in METRICS.names}, METRICS)
-    tables.write(table, run.location / "metrics" / f"epoch-{int(row['epoch']):04d}.parquet")
+    tables.write(table, run.location / "metrics" / f"epoch-{int(row['epoch']):04d}.parquet", run.training)
     gauge(run, {name: row[name] for name in METRICS.names})
 
 
@@ -56,18 +57,7 @@ def read(run: Run, after: int = 0) -> pa.Table:
 
 def gauge(run: Run, values: dict[str, float]) -> None:
     """Set Prometheus gauges zfnet_NAME, tagged with the run's name; nothing where Ray does not run."""
-    if not ray.is_initialized():
-        return
-    for name, value in values.items():
-        if name not in _GAUGES:
-            _GAUGES[name] = Gauge(f"zfnet_{name}", description=_description(name), tag_keys=("run",))
-        _GAUGES[name].set(float(value), tags={"run": run.location.name})
-
-
-def _description(name: str) -> str:
-    if name not in METRICS.names:
-        return "Steps of training so far."
-    return str(METRICS.field(name).metadata[b"doc"].decode())
+    gauges.show(values, MEANING, run=run.location.name)
 
 
 def write_tensorboard(run: Run, rows: list[dict[str, float]]) -> None:
@@ -109,7 +99,7 @@ class Pace:
         values = {"images_per_second": rate * batch, "data_wait_share": (waited - self.waited) / seconds}
         gauge(self.run, {**values, "step": step})
         where = {"step": step, "steps": steps, "seconds_left": (total - step) / rate}
-        pace_file(self.run).write(json.dumps({**where, **values}).encode())
+        pace_file(self.run).write(json.dumps({**where, **values}).encode(), self.run.training)
         self.step, self.said, self.waited = step, now, waited
 
 

@@ -27,7 +27,9 @@ def forecast(analysis: Analysis, options: Options, work: Work) -> int:
     lines = [f"parts     {len(todo)} of {len(work.parts)} to do, {left} images"]
     if todo:
         number = max(todo, key=lambda part: work.parts[part].num_rows)
-        gpu = torch.cuda.is_available() and options.workers.gpus != 0
+        gpu = options.device == "cuda" or (
+            options.device is None and torch.cuda.is_available() and options.workers.gpus != 0
+        )
         resources = Resources(1, options.workers.cpus or os.cpu_count() or 1, float(gpu))
         seconds, size = _probe(analysis, options, work, number, resources)
         share = left / work.parts[number].num_rows

@@ -5,6 +5,7 @@ runs/NAME/model/weights.safetensors   weights and the preprocessing's tensors
 runs/NAME/results/TABLE/              Parquet, one file for each slice
 runs/NAME/results/manifests/TABLE/    a file for each finished slice: what made it; written last
 runs/NAME/unfinished/TABLE/WORK/      parts while a job is under way
+runs/NAME/unfinished/train/           files of training while they are written
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ import hashlib
 import json
 import platform
 import re
+import time
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +33,7 @@ from zfnet.images import Preprocessing
 
 _MEAN, _STD = "preprocessing.mean", "preprocessing.std"
 _LONGEST_STEM = 80
+_CLEARINGS = 10
 
 
 class RunError(ValueError):
@@ -106,11 +110,12 @@ class Run:
         classes: tuple[str, ...],
         preprocessing: Preprocessing,
         about: dict[str, Any],
+        staging: Location | None = None,
     ) -> str:
-        """Write weights, then run.json. Returns the model_id."""
+        """Write weights, then run.json, built in `staging` if it is given. Returns the model_id."""
         weights = network.state_dict()
         model_id = identity(architecture, preprocessing, weights)
-        (self.location / "model" / "weights.safetensors").write(save(_tensors(weights, preprocessing)))
+        (self.location / "model" / "weights.safetensors").write(save(_tensors(weights, preprocessing)), staging)
         description = {
             "architecture": architecture,
             "classes": list(classes),
@@ -119,7 +124,7 @@ class Run:
             "versions": versions(),
             **about,
         }
-        (self.location / "run.json").write(json.dumps(description, indent=1).encode())
+        (self.location / "run.json").write(json.dumps(description, indent=1).encode(), staging)
         return model_id
 
     def load_model(self) -> Model:
@@ -192,6 +197,11 @@ class Run:
                 _refuse_difference(self.results(table), name, finished[name].get("fingerprint", {}), fingerprint)
         return [name for name in wanted if name not in finished]
 
+    @property
+    def training(self) -> Location:
+        """Where training builds its files under temporary names: gone when it is finished, with what kills left."""
+        return self.location / "unfinished" / "train"
+
     def unfinished(self, table: str) -> Location:
         """The folder of a table's work under way."""
         return self.location / "unfinished" / table
@@ -207,6 +217,19 @@ def _refuse_difference(table: Location, name: str, known: dict[str, Any], asked:
             f"{name} of {table} is finished with another configuration ({detail}). Finished results are never "
             f"rewritten: give --name X to write to {table.name}-X, or delete {table} and its manifests yourself"
         )
+
+
+def clear(folder: Location) -> None:
+    """Delete a folder that another process may be clearing, or still be writing in, at the same moment.
+
+    Raises: OSError where it stays.
+    """
+    for _ in range(_CLEARINGS):
+        with suppress(OSError):
+            folder.delete()
+            return
+        time.sleep(0.05)
+    folder.delete()
 
 
 def require_visible(token: str) -> None:

@@ -14,9 +14,12 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import os
 import re
 import tarfile
+import tempfile
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -25,8 +28,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline import tables
-from pipeline.storage import Location, StorageError, retrying
+from pipeline import cache, tables
+from pipeline.storage import Location, StorageError
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "bmp")
 MAX_SAMPLE_BYTES = 256 * 2**20
@@ -107,7 +110,7 @@ class Index:
         if not (where / "index.json").exists():
             raise BadShards(
                 f"there is no index.json in {where}: make one with "
-                f"`python jobs/shards.py index {Location.of(data)}/*.tar --out {where}`"
+                f"`python jobs/shards.py index {Location.of(data)} --out {where}`"
             )
         try:
             found = json.loads((where / "index.json").read())
@@ -168,12 +171,34 @@ class Index:
         What is wrong with the bytes is skipped; storage is tried again from the start, then raises StorageError.
         """
         for run in _runs(rows.select(["shard", "key", "offset", "bytes", "label"]).to_pylist()):
-            location = self.folder / run[0]["shard"]
             start = run[0]["offset"]
-            data = _read_range(location, start, run[-1]["offset"] + run[-1]["bytes"] - start)
+            data = self._bytes(run[0]["shard"], start, run[-1]["offset"] + run[-1]["bytes"] - start)
             for row in run:
                 begin = row["offset"] - start
                 yield _parse(row, data[begin : begin + row["bytes"]])
+
+    def _bytes(self, shard: str, start: int, length: int) -> bytes:
+        """Bytes of a shard, from the node's cache where there is one; fewer where the shard ends early.
+
+        Too many at once are not read (see _parse).
+        """
+        if length > MAX_SAMPLE_BYTES:
+            return b""
+        location = self.folder / shard
+        kept = cache.of_this_node() if location.local is None else None
+        try:
+            copy = kept.open(location, *self._identities[shard]) if kept and shard in self._identities else None
+            if copy is None:
+                return location.read_range(start, length)
+        except FileNotFoundError as error:
+            raise StorageError(f"{error}, though the index lists it: bring it back or make the index again") from None
+        with copy:
+            return os.pread(copy.fileno(), length, start)
+
+    @cached_property
+    def _identities(self) -> dict[str, tuple[int, str]]:
+        """Bytes and sha256 of each shard."""
+        return {s["file"]: (int(s["bytes"]), str(s["sha256"])) for listed in self.shards.values() for s in listed}
 
 
 def with_label(rows: pa.Table, classes: int) -> tuple[pa.Table, list[Skipped]]:
@@ -209,24 +234,6 @@ def _runs(rows: list[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
         run.append(row)
     if run:
         yield run
-
-
-def _read_range(location: Location, start: int, length: int) -> bytes:
-    """Bytes of a file; fewer where it ends early. Too many at once are not read (see _parse)."""
-    if length > MAX_SAMPLE_BYTES:
-        return b""
-
-    def action() -> bytes:
-        with location.open() as file:
-            data: bytes = file.read_at(length, start) if start < file.size() else b""
-            if len(data) < min(length, file.size() - start):
-                raise OSError(f"read {len(data)} of {length} bytes at {start}")
-            return data
-
-    try:
-        return retrying(location, action)
-    except FileNotFoundError as error:
-        raise StorageError(f"{error}, though the index lists it: bring it back or make the index again") from None
 
 
 def _parse(row: dict[str, Any], data: bytes) -> Sample | Skipped:
@@ -301,20 +308,32 @@ class Scan:
 def scan(location: Location) -> Scan:
     """Walk a shard once. Damage of any kind is found: the tar must end with its end-of-archive mark."""
     rows: list[dict[str, Any]] = []
-    damage = None
     try:
-        with location.open() as file:
-            size = file.size()
-            digest = hashlib.sha256()
-            while chunk := file.read(2**22):
-                digest.update(chunk)
+        with _at_hand(location) as file:
+            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+            size = file.tell()
             file.seek(0)
             damage = _walk(file, size, rows)
     except FileNotFoundError:
         raise BadShards(f"there is no shard {location}") from None
+    except OSError as error:
+        raise StorageError(f"cannot read {location}: {error}") from error
     for row in rows:
         row.update(split=split_of(location.name), shard=location.name)
-    return Scan(location.name, size, digest.hexdigest(), rows, damage)
+    return Scan(location.name, size, sha256, rows, damage)
+
+
+@contextmanager
+def _at_hand(location: Location) -> Iterator[Any]:
+    """The file itself, or a copy of it on this disk: a walk asks for a few bytes thousands of times."""
+    if location.local is not None:
+        with location.local.open("rb") as file:
+            yield file
+        return
+    with tempfile.TemporaryFile() as copy:
+        location.download(copy, tempfile.gettempdir())
+        copy.seek(0)
+        yield copy
 
 
 def split_of(file: str) -> str:
@@ -421,20 +440,29 @@ def _one_line(name: str) -> str:
     return " ".join(name.split())
 
 
+def _tars(location: Location) -> list[Location]:
+    """A shard, or those of a folder."""
+    if (location.local is not None and not location.local.is_dir()) or location.name.endswith(".tar"):
+        return [location]
+    return [location / name for name in location.names() if name.endswith(".tar")]
+
+
 def index_shards(shards: list[str], out: str, *, classes: str | None, accept_damaged: bool) -> Index:
     """Index shards that came from elsewhere.
 
     Args:
-        shards: paths or URLs of tars of one folder.
+        shards: paths or URLs of tars of one folder, or of the folder.
         out: folder for the index.
         classes: a file with a class name a line; default classes.txt beside the shards, where there is one.
         accept_damaged: index what can be read of damaged shards instead of refusing them.
 
     Raises: BadShards, naming every damaged shard and what is wrong with it.
     """
-    locations = [Location.of(shard) for shard in shards]
+    locations = [found for shard in shards for found in _tars(Location.of(shard))]
     if not locations:
-        raise BadShards("given no shards: name the tar files to index, for example data/*.tar")
+        raise BadShards(
+            f"given no shards{' in ' * bool(shards)}{', '.join(shards)}: name the tar files to index, or their folder"
+        )
     folders = {str(location.parent) for location in locations}
     if len(folders) > 1:
         raise BadShards(f"the shards lie in {len(folders)} folders ({', '.join(sorted(folders))}): index one at a time")

@@ -1,11 +1,16 @@
 """Files on any storage that pyarrow reaches: a laptop's disk, `s3://`, `gs://`. One code path for all.
 
-A file appears under its name whole or not at all: it is built under a temporary name and then renamed (local), or
-built whole and then sent by one PUT (object stores). Nothing else in the project opens a file for writing.
+A file appears under its name whole or not at all: it is built whole, and then renamed (local) or sent (object stores),
+there by one PUT up to 10 MB, else in parts that are nothing until the last request joins them. Nothing else in the
+project opens a file for writing. Where the storage is and who may use it is said by the usual environment variables:
+docs/storage.md.
 """
 
 from __future__ import annotations
 
+import functools
+import hashlib
+import io
 import os
 import shutil
 import tempfile
@@ -14,13 +19,22 @@ import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, TypeVar
 
 import pyarrow as pa
 import pyarrow.fs as pafs
 
+from pipeline import patience
+
 READ_ATTEMPTS = 3
+CHUNK_BYTES = 16 * 2**20
+"""Of a file are read or sent at a time."""
+SILENT_SECONDS = 20.0
+"""Without a byte from an object store before its client asks again."""
+_IN_FLIGHT_BYTES = 64 * 2**20
+_CLIENT_ATTEMPTS = 6
 T = TypeVar("T")
 _TEMPORARY = ".tmp-"
 
@@ -49,12 +63,7 @@ class Location:
         text = os.fspath(path)
         if "://" in text:
             address, _, query = text.partition("?")
-            uri = address.rstrip("/") + (f"?{query}" if query else "")
-            try:
-                filesystem, inner = pafs.FileSystem.from_uri(uri)
-                return cls(filesystem, inner, query)
-            except (pa.ArrowInvalid, OSError, ValueError) as error:
-                raise StorageError(f"cannot use {text!r}: {error}; give a local path, s3:// or gs://") from None
+            return cls(*_connect(address.rstrip("/"), query), query)
         home = os.environ.get("ZFNET_HOME", "")
         if "://" in home and not Path(text).expanduser().is_absolute():
             return cls.of(home) / text
@@ -83,6 +92,13 @@ class Location:
         """The folder that holds it."""
         return Location(self.filesystem, str(PurePosixPath(self.path).parent), self.query)
 
+    def times(self) -> dict[str, float]:
+        """What lies in this folder -> when it was written, in seconds since 1970; 0 for a folder of a bucket."""
+        selector = pafs.FileSelector(self.path, allow_not_found=True)
+        found = retrying(self, lambda: self.filesystem.get_file_info(selector))
+        written = {info.base_name: (info.mtime_ns or 0) / 1e9 for info in found}
+        return {name: when for name, when in written.items() if not name.startswith(_TEMPORARY)}
+
     def exists(self) -> bool:
         """Whether a file or folder of this name is there."""
         return bool(self._info().type != pafs.FileType.NotFound)
@@ -97,24 +113,74 @@ class Location:
     def names(self) -> list[str]:
         """Sorted names of what lies in this folder; none where it does not exist. Temporary names are left out."""
         selector = pafs.FileSelector(self.path, allow_not_found=True)
-        found = (info.base_name for info in self.filesystem.get_file_info(selector))
+        found = [info.base_name for info in retrying(self, lambda: self.filesystem.get_file_info(selector))]
         return sorted(name for name in found if not name.startswith(_TEMPORARY))
 
     def read(self) -> bytes:
         """The whole file. Raises: FileNotFoundError, StorageError after several attempts."""
-        return retrying(self, self._read_once)
+        return retrying(self, lambda: b"".join(self._chunks()))
 
-    def _read_once(self) -> bytes:
-        with self.filesystem.open_input_stream(self.path) as stream:
-            data: bytes = stream.read()
-            return data
+    def read_range(self, start: int, length: int) -> bytes:
+        """Bytes of the file, fewer where it ends early. Raises: FileNotFoundError, StorageError."""
 
-    def open(self) -> Any:
-        """The file for random access, as a pyarrow NativeFile. Raises: FileNotFoundError."""
+        def action() -> bytes:
+            with self._open() as file:
+                expected = max(0, min(length, file.size() - start))
+                data: bytes = file.read_at(expected, start) if expected else b""
+                if len(data) < expected:
+                    raise OSError(f"read {len(data)} of {expected} bytes at {start}")
+                return data
+
+        return retrying(self, action)
+
+    def download(self, target: BinaryIO, name: str) -> str:
+        """Write the whole file to the start of a local one, which messages call `name`; returns its sha256 in hex.
+
+        Raises: FileNotFoundError, StorageError after several attempts.
+        """
+
+        def action() -> str:
+            target.seek(0)
+            digest = hashlib.sha256()
+            for chunk in self._chunks():
+                digest.update(chunk)
+                with cannot_write(Location.of(name)):
+                    target.write(chunk)
+            return digest.hexdigest()
+
+        return retrying(self, action)
+
+    def _chunks(self) -> Iterator[bytes]:
+        """The file from its start, in few requests: pyarrow's streams make one for every 256 kB."""
+        with self._open() as file:
+            place, size = 0, file.size()
+            while place < size:
+                data: bytes = file.read_at(min(CHUNK_BYTES, size - place), place)
+                if not data:
+                    raise OSError(f"read {place} of {size} bytes")
+                patience.progress()
+                place += len(data)
+                yield data
+
+    def _open(self) -> Any:
         return self.filesystem.open_input_file(self.path)
+
+    @contextmanager
+    def open(self) -> Iterator[Any]:
+        """The file for random access, as a pyarrow NativeFile. Raises: FileNotFoundError, StorageError."""
+        with retrying(self, self._open) as file:
+            try:
+                yield file
+            except FileNotFoundError:
+                raise
+            except OSError as error:
+                raise _cannot(self, "read", error) from error
 
     def write(self, data: bytes, staging: Location | None = None) -> None:
         """Write the file whole, or not at all, built where `whole_file` says. Raises: StorageError."""
+        if self.local is None:
+            self._upload(io.BytesIO(data))
+            return
         with self.whole_file(staging) as file:
             file.write(data)
 
@@ -122,55 +188,66 @@ class Location:
     def whole_file(self, staging: Location | None = None) -> Iterator[BinaryIO]:
         """A binary file that appears under this name when the block ends without an exception.
 
+        On an object store it is built in a nameless file in the folder for temporary files ($TMPDIR).
+
         Args:
-            staging: a folder on the same storage for the temporary name, default beside the file. What a killed
+            staging: a local folder on the same disk for the temporary name, default beside the file. What a killed
                 writer leaves there goes with the folder.
         """
-        temporary = self._temporary(staging)
+        if self.local is None:
+            with cannot_write(self, built_in=tempfile.gettempdir()), tempfile.TemporaryFile() as built:
+                yield built
+                built.flush()
+                self._upload(built)
+            return
+        temporary = self._temporary((staging or self.parent).local or self.local.parent)
         try:
             with cannot_write(self), temporary.open("wb") as file:
                 yield file
                 file.flush()
                 os.fsync(file.fileno())
             with cannot_write(self):
-                self._commit(temporary, staging or self.parent)
+                temporary.replace(self.path)
         finally:
             temporary.unlink(missing_ok=True)
 
-    def _temporary(self, staging: Location | None) -> Path:
-        name = f"{_TEMPORARY}{uuid.uuid4().hex}"
-        folder = (staging or self.parent).local
+    def _temporary(self, folder: Path) -> Path:
         try:
-            if folder is None:
-                return Path(tempfile.gettempdir()) / name
             folder.mkdir(parents=True, exist_ok=True)
             Path(self.path).parent.mkdir(parents=True, exist_ok=True)
-            return folder / name
         except OSError as error:
             raise StorageError(
                 f"cannot write in {folder}: {error.strerror}; choose a folder that can be written"
             ) from error
+        return folder / f"{_TEMPORARY}{uuid.uuid4().hex}"
 
-    def _commit(self, temporary: Path, staging: Location) -> None:
-        if self.local is not None:
-            temporary.replace(self.path)
-            return
-        # A stream that breaks off is closed like one that ended well, so the upload has a temporary name too.
-        upload = staging / temporary.name
-        try:
-            with temporary.open("rb") as source, self.filesystem.open_output_stream(upload.path) as target:
-                shutil.copyfileobj(source, target, length=2**24)
-            self.filesystem.move(upload.path, self.path)
-        finally:
-            upload.delete()
+    def _upload(self, source: BinaryIO) -> None:
+        """Send a file that is whole. Raises: StorageError; then there is what was there before."""
+
+        def action() -> None:
+            source.seek(0)
+            # Errors of a stream that writes in the background stay with it, so closing it cannot complete an upload of
+            # which a part is missing; one that writes at once forgets them, and does.
+            stream = self.filesystem.open_output_stream(self.path)
+            sent = 0
+            while chunk := _read_built(source, stream):
+                stream.write(chunk)
+                sent += len(chunk)
+                if sent % _IN_FLIGHT_BYTES == 0:
+                    stream.flush()  # waits: memory holds no more than this
+                patience.progress()
+            stream.close()
+
+        retrying(self, action, "write")
 
     def delete(self) -> None:
-        """Delete the file or folder; no error where there is none."""
+        """Delete the file or folder; no error where there is none. Raises: StorageError."""
         info = self._info()
-        if info.type == pafs.FileType.Directory:
-            self.filesystem.delete_dir(self.path)
-        elif info.type == pafs.FileType.File:
-            self.filesystem.delete_file(self.path)
+        with cannot_write(self):
+            if info.type == pafs.FileType.Directory:
+                self.filesystem.delete_dir(self.path)
+            elif info.type == pafs.FileType.File:
+                self.filesystem.delete_file(self.path)
 
     def _info(self) -> Any:
         return retrying(self, lambda: self.filesystem.get_file_info(self.path))
@@ -182,31 +259,116 @@ class Location:
 
 
 @contextmanager
-def cannot_write(location: Location) -> Iterator[None]:
-    """Errors of storage inside the block are reported with the file's name and what to do."""
+def cannot_write(location: Location, built_in: str | None = None) -> Iterator[None]:
+    """Errors of storage inside the block are reported with the file's name and what to do.
+
+    Args:
+        built_in: a local folder where the file is built first.
+    """
     try:
         yield
     except StorageError:
         raise
     except OSError as error:
-        raise StorageError(
-            f"cannot write {location}: {error.strerror or error}; free space or choose another place, "
-            "then give the same command again"
-        ) from error
+        raise _cannot(location, "write", error, f" (built in {built_in} first; $TMPDIR)" if built_in else "") from error
 
 
-def retrying(location: Location, action: Callable[[], T]) -> T:
-    """The action's result; errors of storage are tried again from the start, then reported with the file's name."""
+def _cannot(location: Location, verb: str, error: OSError, where: str = "") -> StorageError:
+    todo = "free space or choose another place, then give the same command again" if verb == "write" else ""
+    return StorageError(f"cannot {verb} {location}{where}: {'; '.join(filter(None, [_reason(error), todo]))}")
+
+
+def _reason(error: OSError) -> str:
+    return str(error.strerror or error).strip().removesuffix(":")
+
+
+def retrying(location: Location, action: Callable[[], T], verb: str = "read") -> T:
+    """The action's result; errors of storage are tried again from the start, then reported with the file's name.
+
+    Raises: FileNotFoundError, and StorageError, also where storage does not answer at all (see pipeline.patience).
+    """
     for attempt in range(1, READ_ATTEMPTS + 1):
         try:
-            return action()
-        except (FileNotFoundError, NotADirectoryError):
-            raise FileNotFoundError(f"there is no file {location}") from None
+            return patience.answered(action)
+        except patience.Hung as error:
+            raise StorageError(
+                f"cannot {verb} {location}: storage has not answered for {error.seconds:g} s ($ZFNET_STORAGE_TIMEOUT); "
+                "give the same command again when it does"
+            ) from None
+        except StorageError:
+            raise
         except OSError as error:
+            if verb == "read" and isinstance(error, FileNotFoundError | NotADirectoryError):
+                raise FileNotFoundError(f"there is no file {location}") from None
             if attempt == READ_ATTEMPTS:
-                raise StorageError(f"cannot read {location} after {attempt} attempts: {error}") from error
+                raise _cannot(location, verb, error, f" after {attempt} attempts") from error
             time.sleep(0.2 * 4**attempt)
     raise AssertionError("unreachable")
+
+
+def _read_built(source: BinaryIO, stream: Any) -> bytes:
+    """The next bytes to send. Where they cannot be read, the stream must never be closed: that would complete it."""
+    try:
+        return source.read(CHUNK_BYTES)
+    except BaseException:
+        _never_closed.append(stream)
+        raise
+
+
+_never_closed: list[Any] = []
+
+
+def _connect(address: str, query: str) -> tuple[pafs.FileSystem, str]:
+    """The filesystem of a URL, and the path in it. Raises: StorageError."""
+    shown = address + (f"?{query}" if query else "")
+    if "@" in address:
+        raise StorageError(
+            f"there are credentials in a URL of {address.rpartition('@')[2]}: they would be printed and stored. Set "
+            "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (or GOOGLE_APPLICATION_CREDENTIALS), or for anonymous access "
+            "AWS_NO_SIGN_REQUEST=YES (GS_NO_SIGN_REQUEST=YES)"
+        )
+    try:
+        scheme, _, path = address.partition("://")
+        if scheme not in ("s3", "gs", "gcs"):
+            filesystem, path = pafs.FileSystem.from_uri(shown)
+            return filesystem, path
+        told = {name: value for name, value in os.environ.items() if name.startswith(("AWS_", "GOOGLE_", "GS_"))}
+        return _client(f"{scheme}://{path.partition('/')[0]}", query, tuple(told.items())), str(PurePosixPath(path))
+    except (pa.ArrowInvalid, OSError, ValueError) as error:
+        raise StorageError(f"cannot use {shown!r}: {_first_line(error)}; give a local path, s3:// or gs://") from None
+
+
+@functools.cache
+def _client(bucket: str, query: str, environment: tuple[tuple[str, str], ...]) -> pafs.FileSystem:
+    """The filesystem of a bucket. One is kept: to make one, pyarrow waits for every request of the process to end."""
+    filesystem, _ = pafs.FileSystem.from_uri(bucket + (f"?{query}" if query else ""))
+    return _adjusted(filesystem)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0] if str(error) else repr(error)
+
+
+def _adjusted(filesystem: pafs.FileSystem) -> pafs.FileSystem:
+    """The same, with what neither the URL nor pyarrow's defaults can say."""
+    rebuild, (options,) = filesystem.__reduce__()
+    if isinstance(filesystem, pafs.GcsFileSystem):
+        limit = timedelta(seconds=patience.SECONDS)
+        return rebuild({**options, "anonymous": _is_set("GS_NO_SIGN_REQUEST"), "retry_time_limit": limit})
+    return rebuild(
+        {
+            **options,
+            "anonymous": _is_set("AWS_NO_SIGN_REQUEST"),
+            "allow_delayed_open": True,  # one PUT instead of three requests for what is smaller than a part
+            "request_timeout": SILENT_SECONDS,  # pyarrow says that Linux ignores it; measured, it does not
+            "connect_timeout": SILENT_SECONDS,
+            "retry_strategy": pafs.AwsStandardS3RetryStrategy(max_attempts=_CLIENT_ATTEMPTS),
+        }
+    )
+
+
+def _is_set(variable: str) -> bool:
+    return os.environ.get(variable, "").lower() in ("yes", "true", "1")
 
 
 def _absolute(text: str) -> str:

@@ -8,6 +8,7 @@ same command goes on where it stopped and ends with the same bytes.
 
 from __future__ import annotations
 
+import itertools
 import json
 import time
 import uuid
@@ -15,16 +16,22 @@ from contextlib import nullcontext
 from dataclasses import asdict, replace
 from typing import Any
 
-from pipeline import cluster, plan, tables
-from pipeline.actor import PartActor, torch_settings_kept
+from pipeline import cluster, lease, plan, tables
+from pipeline.actor import WORKER_DIED, PartActor, torch_settings_kept
 from pipeline.analysis import Analysis
+from pipeline.cluster import Resources, Stage
 from pipeline.context import Context, Options, open_context
+from pipeline.decoder import Decoder
 from pipeline.errors import FORESEEN, SweepFailed
 from pipeline.progress import EXIT_SKIPPED, Progress, say
 from pipeline.shards import Skipped
 from pipeline.sources.default import shards_or_default
 from pipeline.storage import Location
+from pipeline.watch import Watch
 from pipeline.work import Work, begun, clear_finished, fingerprint, reasons
+
+_NAMED = 5
+"""Parts that a message names; the others are in the table."""
 
 
 def run(analysis: Analysis, options: Options, config: Any) -> int:
@@ -66,19 +73,39 @@ def _work(analysis: Analysis, context: Context, missing: list[str]) -> Work:
 
 def _make(analysis: Analysis, context: Context, options: Options, missing: list[str], started: float) -> None:
     work = _work(analysis, context, missing)
+    with lease.held(work.lease, work.staging, context.table):
+        try:
+            left = _missing(analysis, context, work.fingerprints)
+            if missing := [slice_ for slice_ in missing if slice_ in left]:
+                _map_and_fold(analysis, options, work, missing, started)
+                return
+        except (*FORESEEN, FileNotFoundError):
+            if _missing(analysis, context, work.fingerprints):
+                raise
+    say(f"{context.table}: another run of this job finished it meanwhile")
+
+
+def _map_and_fold(analysis: Analysis, options: Options, work: Work, missing: list[str], started: float) -> None:
+    context = work.context
     work.prepare()
     todo = work.unfinished_parts()
     say(f"{context.table}: {json.dumps(context.decides(analysis.selects))}")
     say(f"{context.table}: {_listed(missing)}; {work.samples} images, {len(todo)} of {len(work.parts)} parts to do")
-    try:
-        if todo:
-            with nullcontext() if options.workers.num == 0 else cluster.connected(options.address):
-                _map(analysis, options, work, todo)
-        _fold(analysis, options, work, missing, started)
-    except (*FORESEEN, FileNotFoundError):
-        if _missing(analysis, context, work.fingerprints):
-            raise
-        say(f"{context.table}: another run of this job finished it meanwhile")
+    _say_what_was_given_up(work, options)
+    if todo:
+        begun = work.begun()  # what did not end before may kill its worker again: all else is done by then
+        with nullcontext() if options.workers.num == 0 else cluster.connected(options.address):
+            _map(analysis, options, work, sorted(todo, key=lambda number: (number in begun, number)))
+    _fold(analysis, options, work, missing, started)
+
+
+def _say_what_was_given_up(work: Work, options: Options) -> None:
+    """What an earlier call gave up is tried again, or left out, as the user chose."""
+    for number, why in work.given_up().items():
+        what = "it is tried again, last" if options.given_up == "retry" else "its images are skipped"
+        say(f"{work.context.table}: part {number} was given up by an earlier call ({why}): {what}")
+    if options.given_up == "retry":
+        work.try_again()
 
 
 def _listed(slices: list[str]) -> str:
@@ -87,26 +114,63 @@ def _listed(slices: list[str]) -> str:
 
 def _map(analysis: Analysis, options: Options, work: Work, todo: list[int]) -> None:
     """Send the unfinished parts to actors and wait for all of them."""
-    resources = cluster.resolve(options.workers)
-    arguments = {
-        "module": analysis.module,
-        "options": options,
-        "config": work.context.config,
-        "slices": work.slices,
-        "resources": resources,
-        "session": uuid.uuid4().hex[:8],
-        "token": str(work.token),
-    }
+    stages = _stages(analysis, options, work)
     progress = Progress(work.context.table, len(todo), sum(work.parts[number].num_rows for number in todo))
+    watch = Watch(work, todo, log_parts=options.log_parts)
+    given_up = {}
     with torch_settings_kept():
-        for done in cluster.map_parts(PartActor, arguments, [{"part": number} for number in todo], resources):
-            if done["error"]:
+        for done in cluster.map_parts([{"part": number} for number in todo], *stages):
+            watch.advance(done)
+            if done["given_up"]:
+                given_up[int(done["part"])] = str(done["error"])
+                say(f"{work.context.table}: part {done['part']} is given up: {done['error']}")
+            elif done["error"]:
                 raise SweepFailed(
                     f"{work.context.table}: part {done['part']} failed: {done['error']}\n"
                     f"{len(work.unfinished_parts())} of {len(work.parts)} parts are not done; what is done is kept: "
                     "mend the cause and give the same command again"
                 )
             progress.advance(done["samples"])
+    if given_up:
+        _end_with_given_up(work, given_up)
+
+
+def _end_with_given_up(work: Work, given_up: dict[int, str]) -> None:
+    """Write whose images are missing, and end. Raises: SweepFailed."""
+    rows = [(row, why) for number, why in given_up.items() for row in work.parts[number].to_pylist()]
+    skipped = [Skipped(row["shard"], row["key"], WORKER_DIED, why) for row, why in rows]
+    _write_skipped(work, skipped)
+    named = ", ".join(f"{number} ({why})" for number, why in itertools.islice(given_up.items(), _NAMED))
+    named += f" and {len(given_up) - _NAMED} more" if len(given_up) > _NAMED else ""
+    raise SweepFailed(
+        f"{work.context.table}: given up: part {named}. Out of memory, or an image that crashes its decoder: the "
+        f"{len(skipped)} images are in {_beside(work, 'skipped')}. All other parts are done and kept. The same command "
+        "tries again (give workers more memory before); with --given-up skip it finishes the table without these images"
+    )
+
+
+def _stages(analysis: Analysis, options: Options, work: Work) -> list[Stage]:
+    """The actors that a part goes through: decoders, where they are asked for, and those with the network."""
+    session = uuid.uuid4().hex[:8]
+
+    def stage(actor: type, options: Options, resources: Resources, session: str) -> Stage:
+        arguments = {
+            "module": analysis.module,
+            "options": options,
+            "config": work.context.config,
+            "slices": work.slices,
+            "resources": resources,
+            "session": session,
+            "token": str(work.token),
+        }
+        return Stage(actor, arguments, resources)
+
+    workers = cluster.resolve(options.workers)
+    stages = [stage(PartActor, options, workers, session)]
+    if options.decoders.num:
+        decoders = cluster.resolve_decoders(options.decoders, workers)
+        stages.insert(0, stage(Decoder, replace(options, device="cpu"), decoders, f"{session}-decoding"))
+    return stages
 
 
 def _fold(analysis: Analysis, options: Options, work: Work, slices: list[str], started: float) -> None:

@@ -19,12 +19,12 @@ from typing import Any, Literal
 
 import torch
 
-from pipeline import cluster, metrics, tables
+from pipeline import cluster, lease, metrics, tables
 from pipeline.cluster import Workers
-from pipeline.errors import SweepFailed
+from pipeline.errors import FORESEEN, SweepFailed
 from pipeline.loop import Plan, Trainer, describe
 from pipeline.progress import EXIT_SKIPPED, clock, say
-from pipeline.runs import Run, RunError, require_visible
+from pipeline.runs import Run, RunError, clear, require_visible
 from pipeline.sources.default import DEFAULT, shards_or_default
 from pipeline.storage import Location
 from pipeline.stream import labelled
@@ -105,13 +105,41 @@ def run(options: Options) -> int:
     plan = _plan(options)
     directory = Run.at(options.run)
     _refuse_places(options, directory)
-    if (directory.location / "run.json").exists():
-        _refuse_other(directory, directory.describe().get("training", {}), plan)
+    if _is_finished(directory, plan):
         say(f"train: finished already: {directory.location}")
-        return _status(directory, plan, options.max_skipped)
-    _claim(directory, plan)
+    else:
+        _claim(directory, plan)
+        with lease.held(directory.training / "lease.json", directory.training, "train"):
+            if not _is_finished(directory, plan):
+                _train(options, plan, directory)
+    clear(directory.training)
+    return _status(directory, plan, options.max_skipped)
+
+
+def _is_finished(directory: Run, plan: Plan) -> bool:
+    """Whether the run has its model. Raises: RunError where it is that of another training."""
+    if not (directory.location / "run.json").exists():
+        return False
+    _refuse_other(directory, directory.describe().get("training", {}), plan)
+    return True
+
+
+def _train(options: Options, plan: Plan, directory: Run) -> None:
     say(f"train: {json.dumps(asdict(plan))}")
     started = time.time()
+    try:
+        _run_workers(options, plan, directory)
+    except FORESEEN:
+        if not _is_finished(directory, plan):
+            raise
+        say("train: another run of this job finished it meanwhile")
+    if not _is_finished(directory, plan):
+        raise SweepFailed(f"train: ended without a model in {directory.location}; give the same command again")
+    model_id = directory.describe()["model_id"]
+    say(f"train: model {model_id} after {time.time() - started:.1f} s: {directory.location}")
+
+
+def _run_workers(options: Options, plan: Plan, directory: Run) -> None:
     with _reporting(directory, plan.recipe.epochs, options.tensorboard):
         if options.workers.num == 0:
             trainer = Trainer(
@@ -125,11 +153,6 @@ def run(options: Options) -> int:
             trainer.run()
         else:
             _on_ray(options, plan, directory)
-    if not (directory.location / "run.json").exists():
-        raise SweepFailed(f"train: ended without a model in {directory.location}; give the same command again")
-    model_id = directory.describe()["model_id"]
-    say(f"train: model {model_id} after {time.time() - started:.1f} s: {directory.location}")
-    return _status(directory, plan, options.max_skipped)
 
 
 def _refuse_places(options: Options, directory: Run) -> None:
@@ -207,7 +230,7 @@ def _claim(directory: Run, plan: Plan) -> None:
     claim = claim_of(directory)
     if claim.exists():
         _refuse_other(directory, json.loads(claim.read()), plan)
-    claim.write(json.dumps(describe(plan), indent=1).encode())
+    claim.write(json.dumps(describe(plan), indent=1).encode(), directory.training)
 
 
 def _refuse_other(directory: Run, known: dict[str, Any], plan: Plan) -> None:

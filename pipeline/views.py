@@ -162,21 +162,25 @@ class Scaled:
     """For each scale the images of one size together, normalised: float32 [n, 3, rows, cols]."""
 
 
-def at_scales(context: Context, scales: Sequence[int], rows: pa.Table) -> tuple[Scaled | None, list[Skipped]]:
-    """What the run's network sees of these rows at some scales; nothing where none of them could be read."""
+def at_scales(context: Context, scales: Sequence[int], rows: pa.Table) -> tuple[list[Seen], list[Skipped]]:
+    """The images at some scales, for the run's network."""
     sliding = sliding_of(context.model, context.run.location)
-    preprocessing = context.model.preprocessing.of_any_size()
     sides = {sliding.sides_px(scale)[0] for scale in scales}
 
     def see(sample: Sample, number: int) -> Seen:
         resized, original = images.decode_resized(sample.image, sides, scaled=context.decode == "scaled")
         return Seen(sample, number, look(sliding, scales, resized, original))
 
-    pictures, skipped = read(context, rows, see)
+    return read(context, rows, see)
+
+
+def scaled(context: Context, state: Any, pictures: list[Seen]) -> Scaled:
+    """What the run's network sees of them."""
+    preprocessing = context.model.preprocessing.of_any_size()
     of_scales = zip(*(picture.views for picture in pictures), strict=True)
     stacked = [list(groups([pixels for pixels, _ in views], context.device)) for views in of_scales]
     at_scale = [[(places, preprocessing.normalise(pixels)) for places, pixels in some] for some in stacked]
-    return (Scaled(pictures, at_scale) if pictures else None), skipped
+    return Scaled(pictures, at_scale)
 
 
 def sliding_of(model: Model, path: object) -> Sliding:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import uuid
 from collections import Counter
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +22,8 @@ import pyarrow.parquet as pq
 from pipeline import tables
 from pipeline.analysis import Analysis
 from pipeline.context import Context
-from pipeline.runs import RunError, environment
+from pipeline.errors import SweepFailed
+from pipeline.runs import RunError, clear, environment
 from pipeline.shards import Skipped
 from pipeline.storage import Location
 
@@ -30,7 +32,7 @@ _PART_ROW_GROUP_BYTES = 2**21
 
 @dataclass(frozen=True, eq=False)
 class Work:
-    """The slices to make and the parts to make them of: unfinished/TABLE/WORK/{parts, attempts, account}."""
+    """The slices to make and the parts to make them of: unfinished/TABLE/WORK/{parts, attempts, given_up, account}."""
 
     context: Context
     location: Location
@@ -39,6 +41,8 @@ class Work:
     parts: list[pa.Table]
     """Rows of Index.split, part by part."""
     part_schema: pa.Schema
+    attempts: str = "attempts"
+    """Folder of the attempts' markers."""
 
     @classmethod
     def of(cls, context: Context, analysis: Analysis, slices: list[str]) -> Work:
@@ -70,13 +74,19 @@ class Work:
         return self.location / "staging"
 
     @property
+    def lease(self) -> Location:
+        """Who is at work on it."""
+        return self.location / "lease.json"
+
+    @property
     def token(self) -> Location:
         """What the driver writes first: a node that does not see it does not see the run."""
         return self.location / "work.json"
 
     def prepare(self) -> None:
-        """Say what the work is. Raises: StorageError where the run cannot be written."""
-        self.token.write(json.dumps(self.fingerprints, indent=1).encode())
+        """Say what the work is, and how much. Raises: StorageError where the run cannot be written."""
+        amount = {"parts": len(self.parts), "samples": self.samples}
+        self.token.write(json.dumps({"slices": self.fingerprints, **amount}, indent=1).encode())
 
     def part(self, number: int) -> Location:
         """Where a part's rows are committed."""
@@ -88,13 +98,48 @@ class Work:
         return [number for number in range(len(self.parts)) if self.part(number).name not in done]
 
     def _attempts(self, number: int) -> Location:
-        return self.location / "attempts" / f"part-{number:06d}"
+        return self.location / self.attempts / f"part-{number:06d}"
 
-    def begin_attempt(self, number: int, session: str) -> int:
-        """Write a marker before a part is started; returns how often this session has started it now."""
-        before = sum(name.startswith(f"{session}.") for name in self._attempts(number).names())
-        (self._attempts(number) / f"{session}.{before + 1}").write(b"")
-        return before + 1
+    def begun(self) -> set[int]:
+        """Numbers of the parts that were ever started."""
+        return {int(name.removeprefix("part-")) for name in (self.location / self.attempts).names()}
+
+    def was_begun(self, number: int) -> bool:
+        """Whether this part was ever started."""
+        return bool(self._attempts(number).names())
+
+    def begin_attempt(self, number: int, session: str, alone: bool) -> int:
+        """Write a marker before a part is started.
+
+        Args:
+            alone: whether its worker does nothing else meanwhile, so that the worker's death is this part's.
+
+        Returns: how often this session has started it alone, this time counted.
+        """
+        mark = f"{session}.alone."
+        attempt = 1 + sum(name.startswith(mark) for name in self._attempts(number).names()) if alone else 0
+        (self._attempts(number) / (f"{mark}{attempt}" if alone else f"{session}.beside")).write(b"")
+        return attempt
+
+    def _given_up(self, number: int) -> Location:
+        return self.location / "given_up" / f"part-{number:06d}.json"
+
+    def give_up(self, number: int, why: str) -> None:
+        """Note that a part is not to be tried any more."""
+        self._given_up(number).write(json.dumps(why).encode())
+
+    def given_up(self) -> dict[int, str]:
+        """The parts that were given up, and why."""
+        folder = self.location / "given_up"
+        return {int(name[5:11]): json.loads((folder / name).read()) for name in folder.names()}
+
+    def why_given_up(self, number: int) -> str | None:
+        """Why a part was given up; None where it was not."""
+        return json.loads(self._given_up(number).read()) if self._given_up(number).exists() else None
+
+    def try_again(self) -> None:
+        """Forget which parts were given up."""
+        (self.location / "given_up").delete()
 
     def commit(self, number: int, table: pa.Table, skipped: list[Skipped], device: str, seconds: float) -> None:
         """Commit a part: when it was done first, then rows, skipped samples and identity in one file, atomically."""
@@ -148,6 +193,22 @@ class Work:
         return tables.conform({name: [row[name] for row in rows] for name in tables.ACCOUNT.names}, tables.ACCOUNT)
 
 
+def begin_start(work: Location, session: str, most: int) -> Location:
+    """Write a marker before a worker loads the network, to be deleted when it has: if it dies there, Ray restarts it.
+
+    Raises: SweepFailed where `most` workers of this session have died so, or are starting at this moment.
+    """
+    folder = work / "starts"
+    if sum(name.startswith(f"{session}.") for name in folder.names()) >= most:
+        raise SweepFailed(
+            "workers die again and again while they load the network (out of memory?): give each more memory, or use "
+            "fewer of them a node (--workers.num, --workers.cpus)"
+        )
+    marker = folder / f"{session}.{uuid.uuid4().hex}"
+    marker.write(b"")
+    return marker
+
+
 def fingerprint(context: Context, analysis: Analysis, slice_: str) -> dict[str, Any]:
     """What decides the content of a slice: configuration, network, images, and the tables it is made of."""
     sources = analysis.sources(context, slice_)
@@ -176,17 +237,17 @@ def clear_finished(context: Context, analysis: Analysis) -> None:
     """Delete the work whose slices are all finished, and what a crash left of such."""
     for name, known in _works(context).items():
         if not _unfinished(context, analysis.written(context), known):
-            (context.run.unfinished(context.table) / name).delete()
+            clear(context.run.unfinished(context.table) / name)
     folder = context.run.unfinished(context.table)
     if folder.exists() and not folder.names():
-        folder.delete()
+        clear(folder)
 
 
 def _works(context: Context) -> dict[str, dict[str, dict[str, Any]]]:
     """The work on this table that is on storage: name -> slice -> fingerprint."""
     folder = context.run.unfinished(context.table)
     tokens = {name: folder / name / "work.json" for name in folder.names()}
-    return {name: json.loads(token.read()) if token.exists() else {} for name, token in tokens.items()}
+    return {name: json.loads(token.read())["slices"] if token.exists() else {} for name, token in tokens.items()}
 
 
 def _unfinished(context: Context, tables_: tuple[str, ...], known: dict[str, dict[str, Any]]) -> list[str]:

@@ -111,6 +111,17 @@ def load_index(folder: Path) -> Index:
 
 
 @pytest.fixture
+def s3(monkeypatch):
+    """An S3 server with an empty bucket, and the environment that leads to it; as its proxy, which injects faults."""
+    from tests.pipeline.s3 import ENVIRONMENT, served
+
+    with served() as proxy:
+        for name, value in {**ENVIRONMENT, "AWS_ENDPOINT_URL": proxy.endpoint}.items():
+            monkeypatch.setenv(name, value)
+        yield proxy
+
+
+@pytest.fixture
 def shared_data():
     """The real images beside the project; the test is skipped, saying so, where they are not."""
 

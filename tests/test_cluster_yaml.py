@@ -53,13 +53,25 @@ def test_no_work_lands_on_the_head(config):
     assert head["resources"] == {"CPU": 0, "GPU": 0}
 
 
-def test_workers_are_spot_gpus_that_come_and_go(config):
-    (worker,) = [kind for name, kind in config["available_node_types"].items() if name != config["head_node_type"]]
-    assert worker["min_workers"] == 0
-    assert 0 < worker["max_workers"] <= config["max_workers"]
-    assert worker["node_config"]["InstanceMarketOptions"] == {"MarketType": "spot"}
-    assert worker["node_config"]["InstanceType"].startswith(("g", "p"))
+def test_workers_are_spot_and_come_and_go(config):
+    kinds = {name: kind for name, kind in config["available_node_types"].items() if name != config["head_node_type"]}
+    for kind in kinds.values():
+        assert kind["min_workers"] == 0
+        assert 0 < kind["max_workers"] <= config["max_workers"]
+        assert kind["node_config"]["InstanceMarketOptions"] == {"MarketType": "spot"}
+    assert kinds["gpu"]["node_config"]["InstanceType"].startswith(("g", "p"))
+    assert sum(kind["max_workers"] for kind in kinds.values()) <= config["max_workers"]
     assert 0 < config["idle_timeout_minutes"] <= 30
+
+
+def test_decoders_have_nodes_that_no_worker_with_a_gpu_fits_on(config):
+    from pipeline.cluster import Decoders
+
+    kinds = config["available_node_types"]
+    marked = {name for name, kind in kinds.items() if Decoders().on in kind["resources"]}
+    assert marked == {"decoding"}
+    assert kinds["decoding"]["node_config"]["InstanceType"].startswith("c")
+    assert kinds["decoding"]["docker"]["worker_image"] == config["docker"]["head_image"]
 
 
 def test_containers_have_room_to_hand_images_over(config):

@@ -124,6 +124,10 @@ class Sensitivity:
     """Probability of the most probable class for the unoccluded image."""
     dense_from: str
     """The first operation that was run whole; the name of the input where nothing was computed in windows."""
+    clean_probabilities: Tensor
+    """[classes], for the unoccluded image."""
+    lowest_probabilities: Tensor
+    """[classes], with the occluder where `probability_map` is lowest, the first of equals; computed there, always."""
 
 
 def sensitivity(
@@ -174,6 +178,7 @@ def sensitivity(
 
     unoccluded = (values[activation][0, strongest].sum(), clean_probabilities[target])
     maps = measure(_all_places(grid)) if refine == 1 else _refined(measure, grid, refine, unoccluded)
+    lowest = _all_places(grid)[int(_first_largest(-maps.probability, 0))]
     shape = (grid.rows, grid.cols)
     return Sensitivity(
         grid=grid,
@@ -189,6 +194,8 @@ def sensitivity(
         clean_probability=float(clean_probabilities[target]),
         clean_class_probability=float(clean_probabilities[clean_class]),
         dense_from=occluded.dense_from,
+        clean_probabilities=clean_probabilities,
+        lowest_probabilities=_measure(occluded, lowest[None], target, int(memory_mb * 2**20), True).probabilities[0],
     )
 
 

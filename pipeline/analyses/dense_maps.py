@@ -24,7 +24,7 @@ from pipeline.projections import png
 from pipeline.runs import RunError, require_at_least_one
 from pipeline.shards import Skipped
 from pipeline.storage import Location
-from pipeline.views import Scaled, Seen, at_scales, checked_scales, sliding_of
+from pipeline.views import Scaled, Seen, at_scales, checked_scales, scaled, sliding_of
 from zfnet import evaluation
 from zfnet.dense import MaximumOf, Sliding, Stride, strongest
 
@@ -110,7 +110,7 @@ def slices(context: Context) -> list[str]:
     return [SLICE]
 
 
-def prepare(context: Context, state: None, rows: pa.Table) -> tuple[Scaled | None, list[Skipped]]:
+def decode(context: Context, state: None, rows: pa.Table) -> tuple[list[Seen], list[Skipped]]:
     """The images at every scale."""
     return at_scales(context, context.config.scales, rows)
 
@@ -209,7 +209,8 @@ ANALYSIS = Analysis(
     selects=(),
     slices=slices,
     samples=samples,
-    prepare=prepare,
+    decode=decode,
+    batch=scaled,
     map_batch=map_batch,
     reduce_part=reduce_part,
     fold=fold,

@@ -255,7 +255,7 @@ class Batch:
     seen: dict[tuple[Any, ...], Any]
 
 
-def prepare(context: Context, networks: list[Viewer], rows: pa.Table) -> tuple[Batch | None, list[Skipped]]:
+def decode(context: Context, networks: list[Viewer], rows: pa.Table) -> tuple[list[Viewed], list[Skipped]]:
     """The images with a label, decoded once, and cropped once for all networks of one geometry."""
     rows, unlabelled = with_label(rows, len(context.index.classes))
     viewers = {network.geometry: network for network in networks}
@@ -266,13 +266,17 @@ def prepare(context: Context, networks: list[Viewer], rows: pa.Table) -> tuple[B
         return Viewed(sample, {geometry: viewer.look(resized, original) for geometry, viewer in viewers.items()})
 
     viewed, skipped = read(context, rows, look)
-    if not viewed:
-        return None, unlabelled + skipped
+    return viewed, unlabelled + skipped
+
+
+def as_batch(context: Context, networks: list[Viewer], viewed: list[Viewed]) -> Batch:
+    """What each geometry sees of them, stacked on the device."""
+    viewers = {network.geometry: network for network in networks}
     seen = {
         geometry: viewer.stack([picture.seen[geometry] for picture in viewed], context.device)
         for geometry, viewer in viewers.items()
     }
-    return Batch(viewed, seen), unlabelled + skipped
+    return Batch(viewed, seen)
 
 
 def map_batch(context: Context, networks: list[Viewer], batch: Batch) -> pa.Table:
@@ -417,7 +421,8 @@ ANALYSIS = Analysis(
     sources=sources,
     samples=samples,
     setup=lambda context, slices: networks(context),
-    prepare=prepare,
+    decode=decode,
+    batch=as_batch,
     map_batch=map_batch,
     reduce_part=reduce_part,
     fold=fold,

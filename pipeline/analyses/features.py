@@ -20,11 +20,11 @@ from torch import Tensor
 
 from pipeline import tables
 from pipeline.analysis import Analysis, Finished
-from pipeline.context import Context, centre_crops
+from pipeline.context import Context, centre_crops, normalised
 from pipeline.runs import RunError, require_at_least_one
 from pipeline.shards import Sample, Skipped
 from pipeline.storage import Location
-from pipeline.views import at_scales, checked_scales, sliding_of
+from pipeline.views import at_scales, checked_scales, scaled, sliding_of
 from zfnet.activations import NotFinite
 from zfnet.dense import Stride
 
@@ -153,10 +153,15 @@ def setup(context: Context, slices: list[str]) -> list[str]:
     return [slice_.removesuffix(slice_of("", context.split)) for slice_ in slices]
 
 
-def prepare(context: Context, layers: list[str], rows: pa.Table) -> tuple[Any, list[Skipped]]:
-    """The images as the network sees them: their centre crops, or at the scale."""
+def decode(context: Context, layers: list[str], rows: pa.Table) -> tuple[list[Any], list[Skipped]]:
+    """The images' centre crops, or the images at the scale."""
     scale = context.config.scale
     return centre_crops(context, layers, rows) if scale is None else at_scales(context, (scale,), rows)
+
+
+def as_batch(context: Context, layers: list[str], pictures: list[Any]) -> Any:
+    """They as the network sees them."""
+    return (normalised if context.config.scale is None else scaled)(context, layers, pictures)
 
 
 def map_batch(context: Context, layers: list[str], batch: Any) -> pa.Table:
@@ -285,7 +290,8 @@ ANALYSIS = Analysis(
     slices=slices,
     samples=samples,
     setup=setup,
-    prepare=prepare,
+    decode=decode,
+    batch=as_batch,
     map_batch=map_batch,
     reduce_part=reduce_part,
     fold=fold,

@@ -140,6 +140,17 @@ OCCLUSION = pa.schema(
         ),
         tables.column("probability_map", pa.list_(pa.float32()), "Probability of target_class."),
         tables.column("class_map", pa.list_(pa.int32()), "Most probable class."),
+        *(
+            tables.column(f"{name}_top5_{what}", pa.list_(kind), f"{doc} {which}.")
+            for name, which in (
+                ("clean", "of the image without a square"),
+                ("lowest", "with the square where probability_map is lowest"),
+            )
+            for what, kind, doc in (
+                ("classes", pa.int32(), "The five most probable classes, or all, best first,"),
+                ("probabilities", pa.float32(), "Probabilities of the five most probable classes"),
+            )
+        ),
         tables.column("image_png", pa.binary(), "PNG of the network's input pixels, RGB."),
         tables.ACTIVATION,
         tables.ROW,
@@ -294,6 +305,10 @@ def _describe(context: Context, picture: Picture, found: Sensitivity) -> dict[st
         name: [getattr(found, name).flatten().cpu().numpy()]
         for name in ("activation_map", "probability_map", "class_map")
     }
+    for name in ("clean", "lowest"):
+        best = getattr(found, f"{name}_probabilities").sort(descending=True, stable=True)
+        maps[f"{name}_top5_classes"] = [best.indices[:5].cpu().numpy()]
+        maps[f"{name}_top5_probabilities"] = [best.values[:5].cpu().numpy()]
     if found.probabilities is not None:
         maps["probabilities"] = [found.probabilities.flatten().cpu().numpy()]
         row["probabilities_classes"] = found.probabilities.shape[2]

@@ -1,11 +1,12 @@
-"""Build the atlas of a run: pictures and pages a layer at a time, then the occlusion pages, and index.html last."""
+"""Build the atlas of a run: pages of images, of layers a layer at a time, of tables, and index.html last."""
 
 from __future__ import annotations
 
 import time
 from dataclasses import dataclass
 
-from pipeline.atlas import images, layers, overview
+from pipeline.atlas import catalogue, comparison, history, images, layers, overview, results
+from pipeline.atlas.pages import Link
 from pipeline.atlas.records import Sources
 from pipeline.atlas.site import Site
 from pipeline.progress import say
@@ -28,7 +29,9 @@ class Options:
     tile_px: int = 96
     """Side of a projection or patch in the stored pictures, in pixels."""
     images: int = 100
-    """Occlusion pages, at most."""
+    """Image pages, at most."""
+    against: str | None = None
+    """Another run to put beside this one, on a page of its own."""
 
     def __post_init__(self) -> None:
         if not SMALLEST_TILE <= self.tile_px <= LARGEST_TILE:
@@ -45,12 +48,31 @@ def build(run: Run, options: Options) -> Location:
     """
     started = time.monotonic()
     facts = run.describe()
+    if options.against is not None:
+        Run.at(options.against).describe()  # refused before any work
     sources = Sources(run=run, top9=options.top9, deconv=options.deconv, occlusion=options.occlusion)
-    site = Site(run.location / "atlas")
+    found = catalogue.find(run, facts["model_id"])
+    site = Site(run.location / "atlas", _links(sources, options))
     site.write_static()
-    faces = layers.write(site, sources, options.tile_px)
-    pictures = images.write(site, sources, facts, options.images, {face.layer.name: face for face in faces})
-    index = overview.write(site, sources, facts, faces, pictures)
+    pictures = images.write(site, sources, found, facts, options.images)
+    faces = layers.write(site, sources, found, pictures, options.tile_px)
+    results.write(site, run, found)
+    history.write(site, run, facts, found)
+    if options.against is not None:
+        comparison.write(site, sources, faces, Run.at(options.against))
+    index = overview.write(site, sources, facts, found, faces, pictures, options.against)
     site.prune()
     say(f"atlas: finished in {time.monotonic() - started:.1f} s: {index}")
     return index
+
+
+def _links(sources: Sources, options: Options) -> list[Link]:
+    """The pages that this atlas will have, of those that every page leads to."""
+    known = {
+        Link("Overview", "index.html"): True,
+        Link("Maps", "maps.html"): bool(sources.layers()),
+        Link("Images", "images.html"): bool(options.images and sources.run.manifest(sources.occlusion)),
+        Link("Run", "run.html"): True,
+        Link("Comparison", "comparison.html"): options.against is not None,
+    }
+    return [link for link, there in known.items() if there]

@@ -1,15 +1,19 @@
-"""Curves over epochs as inline SVG: the numbers are turned into points here, the template draws them."""
+"""Charts as inline SVG and as tables of bars: numbers are turned into points and lengths here, templates draw them."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from matplotlib.ticker import MaxNLocator
 
 WIDTH, HEIGHT = 440, 250
-_LEFT, _RIGHT, _TOP, _BOTTOM = 48, 12, 12, 36
+_LEFT, _RIGHT, _TOP, _BOTTOM = 52, 12, 12, 36
+STYLES = 8
+"""Ways to draw a curve that are told apart; more curves begin again."""
+
+Points = Sequence[tuple[float, float]]
 
 
 @dataclass(frozen=True)
@@ -22,7 +26,7 @@ class Tick:
 
 @dataclass(frozen=True)
 class Line:
-    """One curve; `style` is 1, 2, 3, for colour and dashes."""
+    """One curve; `style` is 1, 2, 3, ..., for colour and dashes."""
 
     name: str
     style: int
@@ -37,13 +41,16 @@ class Line:
 
 @dataclass(frozen=True)
 class Chart:
-    """A drawing of several curves over epochs."""
+    """A drawing of several curves."""
 
     title: str
     lines: tuple[Line, ...]
     across: tuple[Tick, ...]
     up: tuple[Tick, ...]
     percent: bool
+    axis: str
+    """What goes across."""
+    kind: str = field(default="lines", init=False)
     width: int = WIDTH
     height: int = HEIGHT
     left: int = _LEFT
@@ -52,37 +59,130 @@ class Chart:
     top: int = _TOP
 
 
-def chart(
-    title: str, epochs: Sequence[int], curves: Mapping[str, Sequence[float]], *, percent: bool = False
-) -> Chart | None:
-    """The curves over the epochs, from zero up; values that are not finite are left out. None for nothing to draw."""
-    highest = max((v for values in curves.values() for v in values if math.isfinite(v)), default=None)
-    if highest is None:
+@dataclass(frozen=True)
+class Bar:
+    """One value and its length, from 0 to 100."""
+
+    value: float | None
+    length: float
+    style: int
+
+
+@dataclass(frozen=True)
+class Bars:
+    """A table of bars: a row for each category, a bar for each series."""
+
+    title: str
+    series: tuple[str, ...]
+    rows: tuple[tuple[str, tuple[Bar, ...]], ...]
+    percent: bool
+    left_out: int = 0
+    """Rows that are not shown."""
+    kind: str = field(default="bars", init=False)
+
+
+@dataclass(frozen=True)
+class Histogram:
+    """Counts over a logarithmic axis, as one SVG path."""
+
+    path: str
+    ticks: tuple[Tick, ...]
+    marks: tuple[Tick, ...]
+    """Quantiles."""
+    tallest: int
+    width: int = WIDTH
+    height: int = 150
+    bottom: int = 110
+
+
+def chart(title: str, curves: Mapping[str, Points], *, axis: str = "epoch", percent: bool = False) -> Chart | None:
+    """Curves of (x, y), over zero and whatever is below it; what is not finite is left out. None: nothing to draw."""
+    finite = {name: [(x, y) for x, y in points if math.isfinite(y)] for name, points in curves.items()}
+    every = [point for points in finite.values() for point in points]
+    if not every:
         return None
-    up = _ticks(0.0, 1.0 if percent else highest or 1.0, whole=False)
-    first, last = min(epochs), max(epochs)
-    across = [tick for tick in _ticks(first, last, whole=True) if tick <= last] or [float(first)]
+    lowest, highest = min(0.0, *(y for _, y in every)), max(0.0, *(y for _, y in every))
+    up = _ticks(lowest, max(highest, 1.0 if percent else 0.0) or 1.0, whole=False)
+    first, last = min(x for x, _ in every), max(x for x, _ in every)
+    whole = all(float(x).is_integer() for x, _ in every)
+    across = [tick for tick in _ticks(first, last, whole=whole) if first <= tick <= last] or [float(first)]
 
-    def x(epoch: float) -> float:
-        return _LEFT + (WIDTH - _LEFT - _RIGHT) * ((epoch - first) / (last - first) if last > first else 0.5)
+    def place(x: float, y: float) -> tuple[float, float]:
+        right = (x - first) / (last - first) if last > first else 0.5
+        above = (y - up[0]) / (up[-1] - up[0])
+        return _LEFT + (WIDTH - _LEFT - _RIGHT) * right, HEIGHT - _BOTTOM - (HEIGHT - _TOP - _BOTTOM) * above
 
-    def y(value: float) -> float:
-        return HEIGHT - _BOTTOM - (HEIGHT - _TOP - _BOTTOM) * value / up[-1]
-
-    lines = []
-    for style, (name, values) in enumerate(curves.items(), start=1):
-        finite = [(epoch, value) for epoch, value in zip(epochs, values, strict=True) if math.isfinite(value)]
-        points = tuple((x(epoch), y(value)) for epoch, value in finite)
-        lines.append(Line(name, style, points, finite[-1][1] if finite else None))
+    lines = [
+        Line(name, i % STYLES + 1, tuple(place(*point) for point in points), points[-1][1] if points else None)
+        for i, (name, points) in enumerate(finite.items())
+    ]
     return Chart(
         title,
         tuple(lines),
-        tuple(Tick(f"{tick:g}", x(tick)) for tick in across),
-        tuple(Tick(f"{100 * tick:g} %" if percent else f"{tick:g}", y(tick)) for tick in up),
+        tuple(Tick(f"{tick:g}", place(tick, 0)[0]) for tick in across),
+        tuple(Tick(f"{100 * tick:g} %" if percent else f"{tick:g}", place(first, tick)[1]) for tick in up),
         percent,
+        axis,
     )
 
 
 def _ticks(low: float, high: float, *, whole: bool) -> list[float]:
     locator = MaxNLocator(nbins=5, steps=[1, 2, 2.5, 5, 10], integer=whole)
-    return [float(tick) for tick in locator.tick_values(low, high) if tick >= low]
+    return [float(tick) + 0.0 for tick in locator.tick_values(low, high)]
+
+
+def bars(
+    title: str,
+    series: Sequence[str],
+    rows: Sequence[tuple[str, Sequence[float | None]]],
+    *,
+    percent: bool = False,
+    most: int = 40,
+) -> Bars | None:
+    """Bars by category and series, to one scale; a bar of what is below zero has no length. None: nothing to draw."""
+    known = [value for _, values in rows for value in values if value is not None and math.isfinite(value)]
+    if not known:
+        return None
+    largest = max(1.0 if percent else 0.0, *known) or 1.0
+    drawn = [
+        (name, tuple(_bar(value, largest, i % STYLES + 1) for i, value in enumerate(values)))
+        for name, values in rows[:most]
+    ]
+    return Bars(title, tuple(series), tuple(drawn), percent, max(0, len(rows) - most))
+
+
+def _bar(value: float | None, largest: float, style: int) -> Bar:
+    finite = value is not None and math.isfinite(value)
+    return Bar(value if finite else None, round(max(0.0, 100 * (value or 0.0) / largest), 2) if finite else 0.0, style)
+
+
+def histogram(counts: Sequence[int], edges: Sequence[float], quantiles: Mapping[float, float]) -> Histogram | None:
+    """Counts between positive edges, on a logarithmic axis; quantiles of zero are not marked. None for no counts."""
+    if not counts or edges[0] <= 0:
+        return None
+    low, high = math.log(edges[0]), math.log(edges[-1])
+    drawn = Histogram("", (), (), max(counts))
+
+    def x(value: float) -> float:
+        return 8 + (drawn.width - 16) * (math.log(value) - low) / (high - low)
+
+    path = "".join(
+        f"M{x(a):.1f} {drawn.bottom}V{drawn.bottom - 100 * n / drawn.tallest:.1f}H{x(b):.1f}V{drawn.bottom}Z"
+        for n, a, b in zip(counts, edges, edges[1:], strict=False)
+        if n
+    )
+    ticks = tuple(Tick(f"{value:.3g}", x(value)) for value in _on_log(edges[0], edges[-1]))
+    inside = {share: value for share, value in quantiles.items() if edges[0] <= value <= edges[-1]}
+    marks = tuple(Tick(f"{share:.0%}", x(value)) for share, value in inside.items())
+    return Histogram(path, ticks, marks, drawn.tallest)
+
+
+def _on_log(low: float, high: float) -> list[float]:
+    """At most six round numbers from low to high: powers of ten, or 1, 2 and 5 times them where these are few."""
+    exponents = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    for factors in ((1,), (1, 3), (1, 2, 5), tuple(range(1, 10))):
+        found = [f * 10.0**e for e in exponents for f in factors if low <= f * 10.0**e <= high]
+        if len(found) >= 3:
+            break
+    step = -(-len(found) // 6)
+    return found[::step] if found else [low, high]

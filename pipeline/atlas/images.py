@@ -1,19 +1,22 @@
-"""Occlusion pages: figure 7 of the paper (figure 6 of its printed edition), for every image of the table."""
+"""Image pages: figure 7 of the paper (figure 6 of its printed edition), for every image of the occlusion table."""
 
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 from PIL import Image
 
+from pipeline.atlas import boxes, mentions
+from pipeline.atlas.catalogue import ResultTable
 from pipeline.atlas.heatmaps import Frame, Heat, LegendEntry, class_colours, colour_table, heat
-from pipeline.atlas.layers import Face
+from pipeline.atlas.pages import Link, Picture, image_page, layer_page, map_page, neighbours
 from pipeline.atlas.projections import around_grey
 from pipeline.atlas.records import SEMANTICS, Sources
 from pipeline.atlas.site import Site
@@ -23,19 +26,6 @@ from pipeline.projections import relative
 
 COLOUR_BAR = "assets/occlusion/colour-bar.png"
 _THUMBNAIL_PX = 160
-
-
-@dataclass(frozen=True)
-class Picture:
-    """What other pages show of an occluded image and link to."""
-
-    page: str
-    thumbnail: str
-    key: str
-    label: str | None
-    clean_class: str
-    right: bool | None
-    """Whether the most probable class is the true one; None without a label."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +40,10 @@ class Panels:
     colour: str
     """In which the square is drawn: its own, or a middle grey where it has more than one."""
     lowest: float
+    values: dict[str, str]
+    """The numbers of each map, in reading order, for a hover."""
+    names: list[tuple[int, str]]
+    """Every class of the class map."""
     activation: Heat
     probability: Heat
     legend: list[tuple[LegendEntry, str]]
@@ -57,45 +51,74 @@ class Panels:
     """Top, left, height, width of the projection in the image."""
 
 
-def write(site: Site, sources: Sources, facts: dict[str, Any], most: int, faces: Mapping[str, Face]) -> list[Picture]:
+@dataclass(frozen=True)
+class Ranked:
+    """A class among the five most probable."""
+
+    name: str
+    number: int
+    probability: float
+
+
+def write(
+    site: Site, sources: Sources, found: Sequence[ResultTable], facts: dict[str, Any], most: int
+) -> list[Picture]:
     """A page for each image of the occlusion table, in its order; one image is held in memory at a time."""
     total = min(most, sum(entry["rows"] for entry in sources.run.manifest(sources.occlusion).values()))
     if not total:
         return []
     site.write_image(COLOUR_BAR, colour_table()[None])
+    keys = _keys(sources, total)
+    told = mentions.of_images(sources.run, found, keys)
+    boxes_of = boxes.on_images(sources.run, found, keys)
+    known_layers = set(sources.layers())
+    links = [Link(f"Image {number}", image_page(number)) for number in range(1, total + 1)]
     pictures = []
     for number, row in enumerate(islice(sources.occlusion_rows(), total), start=1):
         pictures.append(_picture(site, number, row))
-        face = faces.get(row["layer"])
+        before, after = neighbours(links, number - 1)
         site.write_page(
-            _page(number),
-            "occlusion.html.j2",
+            image_page(number),
+            "image.html.j2",
             run_name=sources.run.location.name,
             number=number,
             total=total,
-            before=_link(number - 1, total),
-            after=_link(number + 1, total),
+            before=before,
+            after=after,
             row=row,
             picture=pictures[-1],
             panels=_panels(site, number, row, facts["classes"]),
             target=_class_name(row["target_class"], facts["classes"]),
             is_label=row["target_class"] == row["label"],
+            before_top5=_top5(row, "clean", facts["classes"]),
+            after_top5=_top5(row, "lowest", facts["classes"]),
+            boxes=boxes_of.get(row["key"], []),
+            mentions=told.get(row["key"], []),
             semantics_used={name: row[name] for name in SEMANTICS},
             asset=partial(_asset, number),
             colour_bar=COLOUR_BAR,
-            layer_page=face.page if face else None,
+            layer_page=layer_page(row["layer"]) if row["layer"] in known_layers else None,
+            map_page=map_page(row["layer"], row["feature_map"]),
         )
-    say(f"atlas: {total} occlusion pages")
+    say(f"atlas: {total} image pages")
     return pictures
 
 
-def _link(number: int, total: int) -> tuple[str, str] | None:
-    """Name and page of a neighbour."""
-    return (f"Image {number}", _page(number)) if 1 <= number <= total else None
+def _keys(sources: Sources, total: int) -> list[str]:
+    """The keys of the images that get a page."""
+    keys: list[str] = []
+    for name in sources.run.manifest(sources.occlusion):
+        location = sources.slice(sources.occlusion, name)
+        assert location is not None
+        with location.open() as file:
+            keys += pq.ParquetFile(file).read(["key"])["key"].to_pylist()
+    return keys[:total]
 
 
-def _page(number: int) -> str:
-    return f"images/occlusion-{number}.html"
+def _top5(row: dict[str, Any], which: str, classes: list[str]) -> list[Ranked]:
+    """The five most probable classes of the image as it is, or with the square at its worst; none in older tables."""
+    numbers, probabilities = (row.get(f"{which}_top5_{what}", ()) for what in ("classes", "probabilities"))
+    return [Ranked(_class_name(int(n), classes), int(n), float(p)) for n, p in zip(numbers, probabilities, strict=True)]
 
 
 def _asset(number: int, panel: str) -> str:
@@ -109,8 +132,17 @@ def _picture(site: Site, number: int, row: dict[str, Any]) -> Picture:
     image.thumbnail((_THUMBNAIL_PX, _THUMBNAIL_PX))
     thumbnail = f"assets/occlusion/{number}-thumbnail.webp"
     site.write(thumbnail, webp(image))
-    right = None if row["label_name"] is None else row["clean_class"] == row["label"]
-    return Picture(_page(number), thumbnail, row["key"], row["label_name"], row["clean_class_name"], right)
+    return Picture(
+        page=image_page(number),
+        thumbnail=thumbnail,
+        key=row["key"],
+        label=row["label_name"],
+        clean_class=row["clean_class_name"],
+        right=None if row["label_name"] is None else row["clean_class"] == row["label"],
+        layer=row["layer"],
+        feature_map=row["feature_map"],
+        drop=row["clean_probability"] - float(row["probability_map"].min()),
+    )
 
 
 def _panels(site: Site, number: int, row: dict[str, Any], classes: list[str]) -> Panels:
@@ -132,6 +164,12 @@ def _panels(site: Site, number: int, row: dict[str, Any], classes: list[str]) ->
         divmod(lowest, frame.cols),
         _colour(row["fill"]),
         float(row["probability_map"][lowest]),
+        {
+            "activation": " ".join(f"{value:.4g}" for value in row["activation_map"].tolist()),
+            "probability": " ".join(f"{value:.4f}" for value in row["probability_map"].tolist()),
+            "class": " ".join(map(str, row["class_map"].tolist())),
+        },
+        [(number, _class_name(number, classes)) for number in np.unique(row["class_map"]).tolist()],
         activation,
         probability,
         [(entry, _legend_name(entry, classes)) for entry in legend],

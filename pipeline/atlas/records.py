@@ -1,11 +1,11 @@
-"""What the pages show, read from a run's tables: finished slices only, and without the pixels."""
+"""What the pages show of layers and feature maps, from a run's tables: finished slices only, without the pixels."""
 
 from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pyarrow as pa
@@ -17,13 +17,17 @@ from pipeline.storage import Location
 
 SEMANTICS = ("cells", "seed", "unpool", "normalisation", "relu")
 _ENTRY = ["feature_map", "rank", "activation", "key", "label", "label_name", "row", "col"]
+_FIELD = ["top", "left", "height", "width"]
 _BOX = ["box_top", "box_left", "box_height", "box_width"]
-_STATISTICS = ["feature_map", "images", "mean", "maximum", "active_share", "dead"]
+_QUANTILES = ("q05", "q25", "q50", "q75", "q95", "q99")
+_STATISTICS = ["feature_map", "images", "mean", "maximum", "active_share", "active_cells_share", "dead"]
+_STATISTICS += [*_QUANTILES, "histogram", "histogram_edges"]
+_GROUPS_SHOWN = 12
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One of a feature map's strongest images."""
+    """One of a feature map's images, by its strongest cell."""
 
     rank: int
     activation: float
@@ -31,8 +35,35 @@ class Entry:
     label: str | None
     row: int
     col: int
-    box: tuple[float, ...] | None
+    field: tuple[int, int, int, int]
+    """(top, left, height, width) of the receptive field in input pixels; it may leave the image."""
+    box: tuple[float, ...] | None = None
     """(top, left, height, width) in the original image's pixels; None where deconv has not been run."""
+    scale: float | None = None
+    """Largest absolute value of its projection."""
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """A feature map over all images that were swept."""
+
+    images: int
+    mean: float
+    maximum: float
+    active_share: float
+    active_cells_share: float
+    quantiles: dict[float, float]
+    """Of the images' strongest activations, by share."""
+    histogram: tuple[int, ...]
+    edges: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Similar:
+    """A map that another one resembles."""
+
+    number: int
+    correlation: float
 
 
 @dataclass(frozen=True)
@@ -41,15 +72,35 @@ class FeatureMap:
 
     number: int
     entries: tuple[Entry, ...]
-    maximum: float | None = None
-    mean: float | None = None
-    active_share: float | None = None
+    statistics: Statistics | None = None
     dead: bool = False
+    groups: tuple[tuple[str, tuple[Entry, ...]], ...] = ()
+    """Name of the group (top, q0.50, bottom, ...) and its images."""
+    similar: tuple[Similar, ...] = ()
+    """Maps that answer alike, the most alike first."""
 
     @property
     def classes(self) -> list[tuple[str | None, int]]:
         """The classes of its strongest images, most frequent first."""
         return Counter(entry.label for entry in self.entries).most_common()
+
+    @property
+    def maximum(self) -> float | None:
+        """Largest activation of any cell."""
+        if self.statistics is None:
+            return self.entries[0].activation if self.entries else None
+        return self.statistics.maximum
+
+    @property
+    def active_share(self) -> float | None:
+        """Share of images that activate it."""
+        return self.statistics.active_share if self.statistics else None
+
+    @property
+    def contrasts(self) -> list[float]:
+        """Each projection's largest value over the largest of all: 1 for the strongest signal of the map."""
+        scales = [entry.scale or 0.0 for entry in self.entries]
+        return [scale / (max(scales) or 1.0) for scale in scales]
 
 
 @dataclass(frozen=True)
@@ -58,11 +109,15 @@ class Layer:
 
     name: str
     maps: tuple[FeatureMap, ...]
-    images: int | None
     field_px: tuple[int, int] | None
     """Height and width of the receptive field."""
     semantics: dict[str, str] | None
     """How its cells were projected; None where they were not."""
+
+    @property
+    def images(self) -> int | None:
+        """Images that were swept."""
+        return next((map_.statistics.images for map_ in self.maps if map_.statistics), None)
 
     @property
     def alive(self) -> list[FeatureMap]:
@@ -80,31 +135,10 @@ class Layer:
         shares = [map_.active_share for map_ in self.maps if map_.active_share is not None]
         return sum(shares) / len(shares) if shares else None
 
-
-@dataclass(frozen=True)
-class TableFile:
-    """One file of a table."""
-
-    name: str
-    path: str
-    """From the run directory."""
-
-
-@dataclass(frozen=True)
-class ResultTable:
-    """A table that pandas reads, with what its manifest says."""
-
-    name: str
-    path: str
-    """From the run directory."""
-    files: tuple[TableFile, ...]
-    rows: int | None = None
-    samples: int | None = None
-    """Images that were read, at most, for a slice."""
-    skipped: int = 0
-    """Of them, those that could not be read."""
-    foreign: bool = False
-    """Whether some slice was made of another network than the run's."""
+    @property
+    def classes(self) -> list[str]:
+        """Every class among the strongest images of its maps, in order."""
+        return sorted({entry.label for map_ in self.maps for entry in map_.entries if entry.label is not None})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,9 +146,14 @@ class Sources:
     """The run and the names of the tables to show."""
 
     run: Run
-    top9: str
-    deconv: str
-    occlusion: str
+    top9: str = "top9"
+    deconv: str = "deconv"
+    occlusion: str = "occlusion"
+    groups: str = "groups"
+    duplicates: str = "duplicates"
+    evolution: str = "evolution"
+    pictures: str = "pictures"
+    pictures_of_groups: str = "pictures-groups"
 
     @property
     def input_px(self) -> int:
@@ -150,14 +189,21 @@ class Sources:
         return (sizes[0]["height"], sizes[0]["width"]) if sizes else None
 
     def layer(self, name: str) -> Layer:
-        """A layer's feature maps with their statistics and strongest images."""
-        statistics_of, deconv_of = self.slice(self.feature_maps, name), self.slice(self.deconv, name)
-        statistics = tables.read(statistics_of, _STATISTICS).to_pylist() if statistics_of else []
-        entries, semantics = self._entries(name, deconv_of)
-        known = {row["feature_map"]: row for row in statistics}
-        maps = [_feature_map(number, entries[number], known.get(number)) for number in sorted(known | entries)]
-        images = statistics[0]["images"] if statistics else None
-        return Layer(name, tuple(maps), images, self._field(name), semantics)
+        """Everything but the pixels of one layer: statistics, strongest images, groups, similar maps."""
+        statistics_of = self.slice(self.feature_maps, name)
+        rows = tables.read(statistics_of, _STATISTICS).to_pylist() if statistics_of else []
+        entries, semantics = self._entries(name, self.slice(self.deconv, name))
+        known = {row["feature_map"]: row for row in rows}
+        groups, similar = self._groups(name), self._similar(name)
+        maps = [
+            replace(
+                _feature_map(number, entries.get(number, ()), known.get(number)),
+                groups=groups.get(number, ()),
+                similar=similar.get(number, ()),
+            )
+            for number in sorted(known | entries)
+        ]
+        return Layer(name, tuple(maps), self._field(name), semantics)
 
     def _entries(self, layer: str, deconv: Location | None) -> tuple[dict[int, tuple[Entry, ...]], Any]:
         """Strongest images by feature map: those that were projected, or else those that were found."""
@@ -165,11 +211,32 @@ class Sources:
         found: defaultdict[int, tuple[Entry, ...]] = defaultdict(tuple)
         if location is None:
             return found, None
-        columns = [*_ENTRY, *_BOX, *SEMANTICS] if deconv else _ENTRY
+        columns = [*_ENTRY, *_FIELD, *_BOX, "projection_scale", *SEMANTICS] if deconv else [*_ENTRY, *_FIELD]
         rows = tables.read(location, columns).to_pylist()
         for row in rows:
             found[row["feature_map"]] += (_entry(row),)
         return found, {name: rows[0][name] for name in SEMANTICS} if deconv and rows else None
+
+    def _groups(self, layer: str) -> dict[int, tuple[tuple[str, tuple[Entry, ...]], ...]]:
+        """Groups of images by feature map, in the table's order."""
+        location = self.slice(self.groups, layer)
+        found: defaultdict[int, dict[str, list[Entry]]] = defaultdict(dict)
+        for row in tables.read(location, ["class", "group", *_ENTRY, *_FIELD]).to_pylist() if location else []:
+            name = row["group"] if row["class"] is None else f"{row['group']}, class {row['class']}"
+            of_map = found[row["feature_map"]]
+            if name in of_map or len(of_map) < _GROUPS_SHOWN:
+                of_map.setdefault(name, []).append(_entry(row))
+        return {number: tuple((n, tuple(e)) for n, e in groups.items()) for number, groups in found.items()}
+
+    def _similar(self, layer: str) -> dict[int, tuple[Similar, ...]]:
+        """Similar maps by feature map; the table has each pair once, the most alike first."""
+        location = self.slice(self.duplicates, layer)
+        found: defaultdict[int, tuple[Similar, ...]] = defaultdict(tuple)
+        for row in tables.read(location, ["feature_map", "other_map", "correlation"]).to_pylist() if location else []:
+            one, other = row["feature_map"], row["other_map"]
+            found[one] += (Similar(other, row["correlation"]),)
+            found[other] += (Similar(one, row["correlation"]),)
+        return found
 
     def occlusion_rows(self) -> Iterator[dict[str, Any]]:
         """The rows of the occlusion table, one image at a time; none where it is not finished."""
@@ -178,67 +245,34 @@ class Sources:
             assert location is not None
             with location.open() as file:
                 for batch in pq.ParquetFile(file).iter_batches(batch_size=1):
-                    yield _with_arrays(batch)
+                    yield with_arrays(batch)
 
 
-def _feature_map(number: int, entries: tuple[Entry, ...], statistics: dict[str, Any] | None) -> FeatureMap:
-    if statistics is None:
-        return FeatureMap(number, entries, maximum=entries[0].activation)
-    known = {name: statistics[name] for name in ("maximum", "mean", "active_share", "dead")}
-    return FeatureMap(number, entries, **known)
+def _feature_map(number: int, entries: tuple[Entry, ...], row: dict[str, Any] | None) -> FeatureMap:
+    if row is None:
+        return FeatureMap(number, entries)
+    statistics = Statistics(
+        row["images"],
+        row["mean"],
+        row["maximum"],
+        row["active_share"],
+        row["active_cells_share"],
+        {int(name[1:]) / 100: row[name] for name in _QUANTILES},
+        tuple(row["histogram"]),
+        tuple(row["histogram_edges"]),
+    )
+    return FeatureMap(number, entries, statistics, row["dead"])
 
 
 def _entry(row: dict[str, Any]) -> Entry:
     label = row["label_name"] if row["label_name"] is not None or row["label"] is None else f"class {row['label']}"
     box = tuple(row[side] for side in _BOX) if _BOX[0] in row else None
-    return Entry(row["rank"], row["activation"], row["key"], label, row["row"], row["col"], box)
+    field = (row["top"], row["left"], row["height"], row["width"])
+    cell = (row["rank"], row["activation"], row["key"], label, row["row"], row["col"])
+    return Entry(*cell, field, box, row.get("projection_scale"))
 
 
-def _with_arrays(batch: pa.RecordBatch) -> dict[str, Any]:
+def with_arrays(batch: pa.RecordBatch) -> dict[str, Any]:
     """A row as a dictionary, its lists of numbers as arrays."""
     row = {name: batch[name][0] for name in batch.schema.names}
     return {n: v.values.to_numpy() if pa.types.is_list(v.type) else v.as_py() for n, v in row.items()}
-
-
-def skipped(run: Run) -> list[dict[str, str]]:
-    """The rows of all skipped tables."""
-    folder = run.location / "results" / "skipped"
-    names = [name for name in folder.names() if name.endswith(".parquet")]
-    return [row for name in names for row in tables.read(folder / name).to_pylist()]
-
-
-def result_tables(run: Run, model_id: str) -> list[ResultTable]:
-    """Every table of the run, with the metrics of training first."""
-    found = [_folder(run, "metrics", "metrics")] if (run.location / "metrics").names() else []
-    folder = run.location / "results"
-    for name in (folder / "manifests").names():
-        found.append(_finished(run, name, model_id))
-    for name in ("skipped", "account"):
-        if (folder / name).names():
-            found.append(_folder(run, name, f"results/{name}"))
-    return found
-
-
-def _folder(run: Run, name: str, path: str) -> ResultTable:
-    location = run.location
-    for part in path.split("/"):
-        location = location / part
-    files = [TableFile(file.removesuffix(".parquet"), f"{path}/{file}") for file in location.names()]
-    return ResultTable(name, path, tuple(files))
-
-
-def _finished(run: Run, name: str, model_id: str) -> ResultTable:
-    slices = run.manifest(name)
-    path = f"results/{name}"
-    # Slices made by one call share its samples, so the worst slice speaks for all.
-    worst: dict[str, Any] = max(slices.values(), key=lambda entry: sum(entry.get("skipped", {}).values()), default={})
-    present = [slice_ for slice_ in slices if run.slice(name, slice_).exists()]
-    return ResultTable(
-        name,
-        path,
-        tuple(TableFile(slice_, f"{path}/{run.slice(name, slice_).name}") for slice_ in present),
-        rows=sum(entry["rows"] for entry in slices.values()),
-        samples=worst.get("samples"),
-        skipped=sum(worst.get("skipped", {}).values()),
-        foreign=any(entry.get("fingerprint", {}).get("model_id", model_id) != model_id for entry in slices.values()),
-    )

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import shlex
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.resources import files
 from typing import Any
 from urllib.parse import quote
@@ -14,12 +16,14 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from pipeline.atlas.pages import Link
 from pipeline.storage import Location
 
 STATIC = ("atlas.css", "atlas.js")
 """Files of the package that every atlas holds."""
 
-_OWN_FOLDERS = ("static", "layers", "images", "assets")
+_OWN_FOLDERS = ("static", "layers", "maps", "images", "tables", "assets")
+_OWN_PAGES = ("maps.html", "images.html", "run.html", "comparison.html")
 
 
 @dataclass
@@ -27,6 +31,8 @@ class Site:
     """An atlas under way: paths are relative to its folder and use "/"."""
 
     location: Location
+    links: Sequence[Link] = ()
+    """Pages that every page leads to."""
     written: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
@@ -37,7 +43,8 @@ class Site:
             trim_blocks=True,
             lstrip_blocks=True,
         )
-        self._templates.filters.update(number=number, count=count, share=share, url=quote, shell=shlex.quote)
+        filters = {"number": number, "count": count, "share": share, "url": quote, "shell": shlex.quote}
+        self._templates.filters.update(filters, zip=partial(zip, strict=True))
 
     def write(self, path: str, data: bytes) -> None:
         """Write one file, whole or not at all. Raises: StorageError."""
@@ -56,7 +63,7 @@ class Site:
     def write_page(self, path: str, template: str, **content: Any) -> None:
         """Write a page; every string in it is escaped. `root` leads from the page to the atlas's folder."""
         root = "../" * path.count("/")
-        page = self._templates.get_template(template).render(root=root, **content)
+        page = self._templates.get_template(template).render(root=root, here=path, site_links=self.links, **content)
         self.write(path, page.encode())
 
     def write_static(self) -> None:
@@ -66,6 +73,8 @@ class Site:
 
     def prune(self) -> None:
         """Delete what an earlier build left and this one did not write, in the atlas's own folders."""
+        for page in set(_OWN_PAGES) - self.written:
+            (self.location / page).delete()
         kept = self.written | {path.rsplit("/", depth)[0] for path in self.written for depth in (1, 2)}
         for folder in _OWN_FOLDERS:
             for name in (self.location / folder).names():
@@ -96,4 +105,4 @@ def count(value: int) -> str:
 
 def share(value: float | None) -> str:
     """A share from 0 to 1 in per cent, on one line."""
-    return "–" if value is None or not np.isfinite(value) else f"{100 * value:.1f}\N{NO-BREAK SPACE}%"
+    return "–" if value is None or not np.isfinite(value) else f"{round(100 * value, 1) + 0.0:.1f}\N{NO-BREAK SPACE}%"

@@ -27,9 +27,9 @@ THUMBNAILS_ACROSS = 6
 THUMBNAILS = 2 * THUMBNAILS_ACROSS
 GAP = 2
 MIDDLE = 14
-_THREADS = 2
-_COLUMNS = ["feature_map", "rank", "top", "left", "height", "width", "projection", "projection_height"]
-_COLUMNS += ["projection_width", "projection_scale", "patch_png"]
+THREADS = 2
+TILE_COLUMNS = ["feature_map", "rank", "top", "left", "height", "width", "projection", "projection_height"]
+TILE_COLUMNS += ["projection_width", "projection_scale", "patch_png"]
 
 
 @dataclass(frozen=True)
@@ -47,9 +47,16 @@ def size(tile_px: int) -> tuple[int, int]:
     return 2 * block + MIDDLE, block
 
 
+def place(tile_px: int, number: int, *, patch: bool) -> tuple[int, int]:
+    """Left and top of the n-th projection, or patch, on a sprite."""
+    row, col = divmod(number, ACROSS)
+    start = (size(tile_px)[0] + MIDDLE) // 2 if patch else 0
+    return start + col * (tile_px + GAP), row * (tile_px + GAP)
+
+
 def sprites(table: Location, tile_px: int, input_px: int) -> Iterator[Sprite]:
     """The pictures of all feature maps of a layer's deconv file, in its order, for a network's input of `input_px`."""
-    with ThreadPoolExecutor(_THREADS) as threads:  # decoding and encoding release the interpreter lock
+    with ThreadPoolExecutor(THREADS) as threads:  # decoding and encoding release the interpreter lock
         for rows in _whole_maps(table):
             yield from threads.map(lambda piece: _sprite(piece, tile_px, input_px), _split(rows))
 
@@ -60,7 +67,7 @@ def _whole_maps(table: Location) -> Iterator[pa.Table]:
         parquet = pq.ParquetFile(file)
         held: pa.Table | None = None
         for group in range(parquet.num_row_groups):
-            rows = parquet.read_row_group(group, columns=_COLUMNS)
+            rows = parquet.read_row_group(group, columns=TILE_COLUMNS)
             rows = rows if held is None else pa.concat_tables([held, rows])
             if not rows.num_rows:
                 continue
@@ -84,15 +91,15 @@ def _sprite(rows: pa.Table, tile_px: int, input_px: int) -> Sprite:
     width, height = size(tile_px)
     sheet = np.zeros((height, width, 4), dtype=np.uint8)
     batches = rows.slice(0, SHOWN).combine_chunks().to_batches()
-    tiles = [_tiles(row, tile_px, input_px) for batch in batches for row in _rows(batch)]
-    for place, pair in enumerate(tiles):
-        top, left = (step * (tile_px + GAP) for step in divmod(place, ACROSS))
-        for start, pixels in zip((left, left + (width + MIDDLE) // 2), pair, strict=True):
-            sheet[top : top + tile_px, start : start + tile_px] = pixels
-    return Sprite(rows["feature_map"][0].as_py(), webp(Image.fromarray(sheet)), tiles[0][0])
+    pairs = [tiles(row, tile_px, input_px) for batch in batches for row in rows_of(batch)]
+    for number, pair in enumerate(pairs):
+        for patch, pixels in enumerate(pair):
+            left, top = place(tile_px, number, patch=bool(patch))
+            sheet[top : top + tile_px, left : left + tile_px] = pixels
+    return Sprite(rows["feature_map"][0].as_py(), webp(Image.fromarray(sheet)), pairs[0][0])
 
 
-def _rows(batch: pa.RecordBatch) -> Iterator[dict[str, object]]:
+def rows_of(batch: pa.RecordBatch) -> Iterator[dict[str, object]]:
     """Rows as dictionaries, with lists of numbers as arrays: a detour over Python floats would take minutes."""
     scalars = batch.drop_columns(["projection"]).to_pylist()
     for row, stored in zip(scalars, batch["projection"], strict=True):
@@ -100,16 +107,17 @@ def _rows(batch: pa.RecordBatch) -> Iterator[dict[str, object]]:
         yield {**row, "projection": stored.values.to_numpy() if listed else stored.as_py()}
 
 
-def _tiles(row: dict[str, object], tile_px: int, input_px: int) -> tuple[Pixels, Pixels]:
+def tiles(row: dict[str, object], tile_px: int, input_px: int) -> tuple[Pixels, Pixels]:
+    """Projection and patch of a row with the columns TILE_COLUMNS, as tiles."""
     box = Box(*(int(str(row[side])) for side in ("top", "left", "height", "width"))).within(input_px)
     return tile(around_grey(relative(row)), box, tile_px), tile(patch_of(row), box, tile_px)
 
 
-def thumbnail(tiles: list[Pixels]) -> bytes:
+def thumbnail(chosen: list[Pixels]) -> bytes:
     """Two rows of tiles as a WebP file, of one size however few they are: the face of a layer."""
-    side = tiles[0].shape[0]
+    side = chosen[0].shape[0]
     sheet = np.zeros((2 * side + GAP, THUMBNAILS_ACROSS * (side + GAP) - GAP, 4), dtype=np.uint8)
-    for place, pixels in enumerate(tiles):
+    for place, pixels in enumerate(chosen):
         top, left = (step * (side + GAP) for step in divmod(place, THUMBNAILS_ACROSS))
         sheet[top : top + side, left : left + side] = pixels
     return webp(Image.fromarray(sheet))

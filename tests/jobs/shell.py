@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-_CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(
+PROCESSES = multiprocessing.get_context("forkserver")
+"""Processes that have imported all this before they start."""
+PROCESSES.set_forkserver_preload(
     [
         "torch",
         "torch.distributed",
@@ -47,23 +48,38 @@ class Done:
 def run(job: str, *arguments: object, cwd: Path = ROOT, largest_file: int | None = None) -> Done:
     """Run jobs/JOB.py to its end; `largest_file` is RLIMIT_FSIZE in bytes: the disk is full there."""
     with tempfile.TemporaryDirectory() as folder:
-        streams = [str(Path(folder) / name) for name in ("out", "err")]
-        process = _CONTEXT.Process(
-            target=_job, args=(job, [str(a) for a in arguments], str(cwd), dict(os.environ), largest_file, streams)
-        )
-        process.start()
+        streams = [Path(folder) / name for name in ("out", "err")]
+        process = start(job, *arguments, cwd=cwd, largest_file=largest_file, streams=streams)
         process.join(120)
         if process.is_alive():
             process.kill()
             process.join()
-        return Done(process.exitcode, *(Path(stream).read_text() for stream in streams))
+        return Done(process.exitcode, *(stream.read_text() for stream in streams))
+
+
+def start(
+    job: str,
+    *arguments: object,
+    streams: list[Path],
+    cwd: Path = ROOT,
+    largest_file: int | None = None,
+    environment: dict[str, str] | None = None,
+) -> multiprocessing.process.BaseProcess:
+    """The job, begun: a process and, from then on, a session of its own; what it says goes into two files."""
+    given = [str(argument) for argument in arguments]
+    variables = {**os.environ, **(environment or {})}
+    places = [str(stream) for stream in streams]
+    process = PROCESSES.Process(target=_job, args=(job, given, str(cwd), variables, largest_file, places))
+    process.start()
+    return process
 
 
 def _job(
     job: str, arguments: list[str], cwd: str, environment: dict[str, str], largest_file: int | None, streams: list[str]
 ) -> None:
+    os.setsid()
     for number, path in enumerate(streams, start=1):
-        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), number)
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(cwd)

@@ -533,6 +533,10 @@ def start(job: str, *arguments: object, cwd: Path = ROOT) -> subprocess.Popen:
     )
 
 
+INTERRUPTED_SECONDS = 20.0
+"""After Ctrl-C a job has ended; docs/reliability.md says so."""
+
+
 def interrupt_when(process: subprocess.Popen, ready) -> tuple[str, str]:
     """Send SIGINT to the whole process group, as a terminal does; returns what it said."""
     deadline = time.monotonic() + 60
@@ -540,8 +544,12 @@ def interrupt_when(process: subprocess.Popen, ready) -> tuple[str, str]:
         assert time.monotonic() < deadline
         time.sleep(0.005)
     assert process.poll() is None, "it was finished before the interrupt"
+    began = time.monotonic()
     os.killpg(process.pid, signal.SIGINT)
-    return process.communicate(timeout=60)
+    said = process.communicate(timeout=60)
+    print(f"it ended {time.monotonic() - began:.1f} s after Ctrl-C")
+    assert time.monotonic() - began < INTERRUPTED_SECONDS
+    return said
 
 
 SLOW_SWEEP = ("--part-size", "1", "--first", "10", "--stride-px", "4")

@@ -1,145 +1,322 @@
-"""SIGKILL of the driver in the middle of each sweep, then the same command again: the same tables, bit for bit.
+"""The kill matrix: any process of a job dies at any moment, and the finished tables are the same, bit for bit.
 
-The moments are drawn from a printed seed over the whole run: while parts are done, in the fold, before the manifest.
+KILL_SEED=N draws the same moments again.
 """
 
-import json
-import os
-import random
 import shutil
-import signal
-import subprocess
-import sys
-import time
-import uuid
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
+import pyarrow.parquet as pq
 import pytest
+import torch
 
-from tests.conftest import ROOT
-from tests.pipeline.exact import assert_same
+from pipeline.runs import Run
+from pipeline.shards import index_shards
+from tests.conftest import CLASSES, random_model, samples
+from tests.jobs import shell
+from tests.jobs.killing import (
+    SEED,
+    Moment,
+    Nodes,
+    committed,
+    kill_at,
+    results,
+    start,
+    step,
+    wait_until_gone,
+)
+from tests.pipeline.exact import assert_same, bits, files
+from tests.tars import write_tar
+from zfnet.images import Preprocessing
 
-SEED = int(os.environ.get("KILL_SEED", random.SystemRandom().randrange(10**6)))
-TABLES = {"top9": ("top9", "feature_maps"), "deconv": ("deconv",), "occlusion": ("occlusion",)}
-SMALL = {
-    "top9": ["--part-size", "4", "--batch-size", "2"],
-    "deconv": ["--part-size", "2", "--batch-size", "2"],
-    "occlusion": ["--part-size", "1", "--first", "12", "--stride-px", "8"],
-}
-
-
-def command(job: str, run: Path, data: Path) -> list[str]:
-    return [sys.executable, str(ROOT / "jobs" / f"{job}.py"), "--run", str(run), "--data", str(data), *SMALL[job]]
-
-
-def finish(job: str, run: Path, data: Path, *more: str) -> str:
-    done = subprocess.run([*command(job, run, data), *more], capture_output=True, text=True, timeout=200, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
-
-
-def committed(run: Path, job: str) -> set[str]:
-    return {path.name for path in (run / "unfinished" / job).glob("*/parts/part-*")}
-
-
-def alive(mark: str) -> list[int]:
-    """Processes of the job that could still write: they inherit its environment.
-
-    Ray's two agents idle for another minute, telling a head that is gone of its end; they touch nothing.
-    """
-    found = []
-    for entry in Path("/proc").iterdir():
-        try:
-            ours = entry.name.isdigit() and mark.encode() in (entry / "environ").read_bytes()
-            if ours and b"Agent" not in (entry / "cmdline").read_bytes():
-                found.append(int(entry.name))
-        except OSError:
-            continue
-    return found
+SIZES = [61, 42, 29]
+BROKEN = {"s0-0007", "s1-0011"}
+STEPS, EPOCHS = 15, 4  # of training: 120 images by 8
+PARTS_LEFT = 3  # a kill while parts are done leaves at least so many
 
 
-def reached(run: Path, job: str, moment: int | str) -> bool:
-    """Whether the moment to kill has come: so many parts are committed, or a file of the fold is there."""
-    if isinstance(moment, int):
-        return len(committed(run, job)) >= moment
-    if moment == "fold":
-        return (run / "results" / job).exists()
-    return bool(list((run / "results" / "account").glob(f"{job}.*")))
+@dataclass(frozen=True)
+class Sweep:
+    """A sweep to be killed: what it writes, and how small it is made."""
+
+    job: str
+    tables: tuple[str, ...]
+    """The first is the name of its work."""
+    arguments: tuple[object, ...]
+    seen: str
+    """A table that says how many samples were read: a row each, or its column `images`."""
+
+    def command(self, run: Path, data: Path, *more: object) -> tuple[object, ...]:
+        return ("--run", run, "--data", data, "--max-skipped", 0.1, *self.arguments, *more)
 
 
-def kill_at(job: str, run: Path, data: Path, moment: int | str) -> bool:
-    """Start the job and SIGKILL its driver at the moment; False where it was finished before."""
-    mark = uuid.uuid4().hex
-    driver = subprocess.Popen(
-        command(job, run, data),
-        env={**os.environ, "KILL_TEST": mark},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
+SWEEPS = {
+    sweep.job: sweep
+    for sweep in (
+        Sweep("top9", ("top9", "feature_maps", "maxima"), ("--part-size", 4, "--batch-size", 2), "feature_maps"),
+        Sweep("deconv", ("deconv",), ("--part-size", 4, "--batch-size", 2), "deconv"),
+        Sweep("occlusion", ("occlusion",), ("--part-size", 1, "--first", 25, "--stride-px", 8), "occlusion"),
+        Sweep(
+            "evaluate",
+            ("predictions", "confusion", "class_errors", "evaluation"),
+            ("--part-size", 4, "--batch-size", 2),
+            "predictions",
+        ),
+        Sweep("features", ("features",), ("--part-size", 4, "--batch-size", 2), "features"),
     )
-    while driver.poll() is None and not reached(run, job, moment):
-        time.sleep(0.002)
-    finished = driver.poll() is not None
-    driver.send_signal(signal.SIGKILL)
-    driver.wait()
-    deadline = time.monotonic() + 60
-    while alive(mark):
-        assert time.monotonic() < deadline, "processes of a killed job are still there after 60 s"
-        time.sleep(0.1)
-    return not finished
+}
+TRAIN = ("--epochs", EPOCHS, "--batch", 8, "--checkpoint-steps", 2, "--workers.num", 2, "--workers.cpus", 1)
+"""With two workers: the documented guarantee is the same bits on as many workers."""
 
 
-def check(job: str, moment: int | str, whole: Path, data: Path, tmp_path: Path) -> None:
-    """Kill one job at one moment, run it again, compare."""
-    print(f"seed {SEED}: {job} killed at {moment}")
-    run = tmp_path / f"{job}-{moment}"
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """A run with all sweeps finished, without Ray, and its shards, of which two images are broken."""
+    data, run = tmp_path_factory.mktemp("data"), tmp_path_factory.mktemp("undisturbed")
+    for shard, size in enumerate(SIZES):
+        pictures = [(key, _broken(key, members)) for key, members in samples(size, seed=shard)]
+        write_tar(data / f"val-{shard:06d}.tar", pictures)
+    write_tar(data / "train-000000.tar", samples(STEPS * 8, seed=9))
+    (data / "classes.txt").write_text("\n".join(CLASSES) + "\n")
+    index_shards([str(path) for path in data.glob("*.tar")], str(data), classes=None, accept_damaged=False)
+    network = random_model()
+    preprocessing = Preprocessing(
+        resize_px=network.resize_px, crop_px=network.input_px, mean=torch.full((3, 1, 1), 120.0)
+    )
+    Run.at(str(run)).save_model(
+        network, architecture="zfnet_small", classes=CLASSES, preprocessing=preprocessing, about={}
+    )
+    for sweep in SWEEPS.values():
+        done = shell.run(sweep.job, *sweep.command(run, data, "--workers.num", 0))
+        assert done.status == 0, done.out + done.err
+    return run, data
+
+
+def _broken(key, members):
+    return {**members, "jpg": members["jpg"][:300]} if key in BROKEN else members
+
+
+@pytest.fixture(scope="module")
+def nodes():
+    """A cluster that jobs join, whose actors and nodes are killed."""
+    found = Nodes()
+    yield found
+    found.shutdown()
+
+
+# ---------------------------------------------------------------------------------------------------------- of sweeps
+
+
+def fresh(sweep: Sweep, whole: Path, tmp_path: Path) -> Path:
+    """The undisturbed run without what this job made."""
+    run = tmp_path / "run"
     shutil.copytree(whole, run)
-    manifests = [run / "results" / "manifests" / table for table in TABLES[job]]
-    for path in [*manifests, *(run / "results" / table for table in TABLES[job])]:
-        shutil.rmtree(path)
-    for kind in ("account", "skipped"):
-        for path in (run / "results" / kind).glob(f"{job}.*"):
-            path.unlink()
-    assert kill_at(job, run, data, moment), "the job was finished before it could be killed"
-    before = committed(run, job)
-    text = finish(job, run, data)
-    assert_same(whole, run, *TABLES[job])
-    account = pd.read_parquet(run / "results" / "account").query(f"table == '{job}'")
-    assert account.samples.sum() == json.loads(next(manifests[0].iterdir()).read_text())["samples"]
-    done = account[[f"part-{part:06d}.parquet" in before for part in account.part]]
-    assert (done.attempts == 1).all(), "a part that was done was done again"
-    if isinstance(moment, int):
-        assert 1 <= len(done) < len(account)
-        assert "finished in" in text
-    else:  # all parts were done; after the last manifest only the clearing up was left
-        assert (account.attempts == 1).all()
-        assert "finished in" in text or "finished already" in text
+    for path in results(run, sweep.tables):
+        path.unlink()
+    for table in sweep.tables:
+        shutil.rmtree(run / "results" / table)
+        shutil.rmtree(run / "results" / "manifests" / table)
+    return run
+
+
+def reached(sweep: Sweep, run: Path, whole: Path, moment: Moment) -> bool:
+    name = sweep.tables[0]
+    parts = len(pd.read_parquet(whole / "results" / "account", filters=[("table", "==", name)]))
+    if moment.stage == "parts":
+        least = 1 + int(moment.share * (parts - PARTS_LEFT - 1))
+        return lambda: len(committed(run, name)) >= least
+    least = int(moment.share * len(results(whole, sweep.tables)))
+    return lambda: len(committed(run, name)) == parts and len(results(run, sweep.tables)) >= least
+
+
+def check_nothing_unfinished_is_seen(sweep: Sweep, run: Path, whole: Path) -> None:
+    """What pandas finds after a kill is finished: the very rows of the undisturbed run."""
+    for table in sweep.tables:
+        if (run / "results" / table).exists():
+            pd.read_parquet(run / "results" / table)
+            for name, rows in files(run, table).items():
+                assert bits(rows) == bits(pq.read_table(whole / "results" / table / name)), (table, name)
+
+
+def attempts(run: Path, work: str) -> dict[int, int]:
+    """Of the parts that are committed: how often they were started."""
+    folder = next((run / "unfinished" / work).glob("*/attempts"), Path())
+    return {part: len(list((folder / f"part-{part:06d}").iterdir())) for part in committed(run, work)}
+
+
+def check_finished(sweep: Sweep, run: Path, whole: Path, known: list[dict[int, int]]) -> None:
+    """
+    Args:
+        known: at each kill, how often the parts that were done had been started.
+    """
+    name = sweep.tables[0]
+    assert_same(whole, run, *sweep.tables)
+    account = pd.read_parquet(run / "results" / "account").query(f"table == '{name}'").set_index("part")
+    for done in known:
+        assert (account.attempts[list(done)] == list(done.values())).all(), "a part that was done was done again"
+    assert 1 <= len(known[0]) < len(account), "parts are done both before the first kill and after"
+    manifest = next(iter(Run.at(str(run)).manifest(name).values()))
+    skipped = pd.read_parquet(run / "results" / "skipped").query(f"table == '{name}'")
+    assert account.samples.sum() == manifest["samples"]
+    assert account.skipped.sum() == sum(manifest["skipped"].values()) == len(skipped)
+    seen = pd.read_parquet(run / "results" / sweep.seen)
+    read = seen.images.max() if "images" in seen else seen.key.nunique()
+    assert read + len(skipped) == manifest["samples"]
     assert not list((run / "unfinished").glob("*"))
     assert not [path for path in run.rglob("*") if ".tmp-" in path.name]
 
 
-@pytest.fixture
-def undisturbed(make_run, make_shards):
-    """A run with all three sweeps finished, without Ray, and its shards."""
-    data, run = make_shards(val=[20, 13, 9]), make_run()
-    for job in TABLES:
-        finish(job, run, data, "--workers.num", "0")
-    return run, data
+def drawn(*kills: str, of: str) -> list[tuple[str, Moment]]:
+    """Victims with their moments, in the order of the run: `VICTIM` while parts are done, `VICTIM-end` after."""
+    stages = [kill.partition("-")[2] or "parts" for kill in kills]
+    moments = [
+        Moment.drawn(stage, of, number, kill) for number, (kill, stage) in enumerate(zip(kills, stages, strict=True))
+    ]
+    moments.sort(key=lambda moment: (moment.stage == "end", moment.share))
+    return [(kill.partition("-")[0], moment) for kill, moment in zip(kills, moments, strict=True)]
 
 
-def test_each_sweep_survives_a_kill(undisturbed, tmp_path):
+def survives(sweep: Sweep, kills: list[tuple[str, Moment]], undisturbed, tmp_path, nodes) -> None:
+    """Kill processes of a job one after another, each time have it finished or give it again, compare."""
     whole, data = undisturbed
-    rng = random.Random(SEED)
-    for job in TABLES:
-        check(job, rng.randint(1, 5), whole, data, tmp_path)
+    run, log, name = fresh(sweep, whole, tmp_path), tmp_path / "log", sweep.tables[0]
+    known: list[dict[int, int]] = []
+
+    def begin():
+        place = ("--workers.num", 2, "--address", nodes.address) if nodes else ("--workers.num", 1)
+        return start(sweep.job, *sweep.command(run, data, "--workers.cpus", 1, *place), log=log)
+
+    def kill() -> None:
+        if victim in ("actor", "node", "head"):
+            nodes.kill(victim, moment.number, b"MapWorker")
+        if victim in ("driver", "head"):
+            started.kill()
+        known.append(attempts(run, name))
+
+    started = begin()
+    for victim, moment in kills:
+        kill_at(started, reached(sweep, run, whole, moment), moment, kill)
+        print(f"KILL_SEED={SEED}: {sweep.job}, {victim} killed at {moment}, {len(known[-1])} parts were done")
+        check_nothing_unfinished_is_seen(sweep, run, whole)
+        if victim == "driver" and nodes is None:
+            print(f"its processes were gone after {wait_until_gone(started.mark):.1f} s")
+        if victim == "head":  # what is left of the cluster goes on for a while, beside the job in a cluster of its own
+            nodes = None
+        if victim in ("driver", "head"):
+            started = begin()
+    started.end()
+    check_finished(sweep, run, whole, known)
+
+
+def test_a_sweep_survives_a_kill(undisturbed, tmp_path):
+    survives(SWEEPS["top9"], drawn("driver", of="fast"), undisturbed, tmp_path, None)
+
+
+ON_NODES = ("actor", "node", "driver-end")
+HEAD_FIRST = ("head", "driver", "driver-end")
+KILLS = [(job, ON_NODES) for job in ("top9", "deconv", "occlusion", "evaluate")] + [
+    (job, HEAD_FIRST) for job in ("top9", "deconv", "occlusion", "features")
+]
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1200)
-def test_each_sweep_survives_kills_at_every_stage(undisturbed, tmp_path):
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(("job", "kills"), KILLS, ids="-".join)
+def test_a_sweep_survives_any_kills(job, kills, undisturbed, tmp_path, request):
+    with cluster_for(kills, request) as nodes:
+        survives(SWEEPS[job], drawn(*kills, of=job), undisturbed, tmp_path, nodes)
+
+
+@contextmanager
+def cluster_for(kills: tuple[str, ...], request):
+    """The cluster that the tests share, or one whose head may be killed."""
+    if "head" not in kills:
+        yield request.getfixturevalue("nodes")
+        return
+    nodes = Nodes()
+    try:
+        yield nodes
+    finally:
+        nodes.shutdown()
+
+
+# -------------------------------------------------------------------------------------------------------- of training
+
+
+@pytest.fixture(scope="module")
+def trained(undisturbed, tmp_path_factory):
+    """A training that nothing disturbed."""
+    run = tmp_path_factory.mktemp("trained")
+    train(run, undisturbed[1], None, run / "log").end()
+    return run
+
+
+def train(run: Path, data: Path, nodes: Nodes | None, log: Path):
+    place = ("--address", nodes.address) if nodes else ()
+    return start("train", "--run", run, "--data", data, *TRAIN, "--decoders", 0, *place, log=log)
+
+
+def learned(run: Path) -> tuple[str, list[bytes]]:
+    """What must be the same: the model, and what was measured of it."""
+    measured = pq.read_table(run / "metrics").drop_columns(["images_per_second", "data_wait_share", "seconds"])
+    return Run.at(str(run)).describe()["model_id"], bits(measured)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("kills", [("worker", "node", "driver"), ("head", "driver", "driver-end")], ids="-".join)
+def test_training_survives_any_kills(kills, undisturbed, trained, tmp_path, request):
+    with cluster_for(kills, request) as nodes:
+        train_survives(drawn(*kills, of="train"), undisturbed[1], tmp_path, nodes)
+    run = tmp_path / "run"
+    assert learned(run) == learned(trained)
+    assert not [path for path in run.rglob("*") if path.name.startswith((".tmp-", "step-"))]
+    assert not (run / "unfinished" / "train").exists()
+
+
+def train_survives(kills: list[tuple[str, Moment]], data: Path, tmp_path: Path, nodes: Nodes | None) -> None:
+    run, log, known = tmp_path / "run", tmp_path / "log", {}
+
+    def kill() -> None:
+        done = step(run)
+        print(f"KILL_SEED={SEED}: train, {victim} killed at {moment}, after step {done} of {STEPS * EPOCHS}")
+        epochs = [path for path in (run / "metrics").glob("epoch-*") if int(path.stem[6:]) * STEPS <= done]
+        known.update({path: known.get(path, path.stat().st_mtime_ns) for path in epochs})
+        if victim in ("worker", "node", "head"):
+            nodes.kill(victim, moment.number, b"RayTrainWorker")
+        if victim in ("driver", "head"):
+            started.kill()
+
+    def reached() -> bool:
+        if moment.stage == "end":
+            return (run / "model" / "weights.safetensors").exists()
+        return step(run) >= 1 + int(moment.share * (STEPS * EPOCHS - 10))
+
+    started = train(run, data, nodes, log)
+    for victim, moment in kills:
+        kill_at(started, reached, moment, kill)
+        if victim == "head":
+            nodes = None
+        if victim in ("driver", "head"):
+            started = train(run, data, nodes, log)
+    started.end()
+    assert all(path.stat().st_mtime_ns == written for path, written in known.items()), "an epoch was trained again"
+
+
+# --------------------------------------------------------------------------------------------------- what stays behind
+
+
+@pytest.mark.slow
+def test_a_killed_driver_leaves_no_process_behind(undisturbed, tmp_path):
+    """Whatever works is gone within seconds; two idle agents of Ray, which wait for the head, within two minutes."""
     whole, data = undisturbed
-    rng = random.Random(SEED + 1)
-    for job in TABLES:
-        for moment in [*rng.sample(range(1, 11), 3), "fold", "manifest"]:
-            check(job, moment, whole, data, tmp_path)
+    sweep, moment = SWEEPS["occlusion"], Moment.drawn("parts", "agents")
+    run = fresh(sweep, whole, tmp_path)
+    started = start("occlusion", *sweep.command(run, data, "--workers.num", 1), log=tmp_path / "log")
+    kill_at(started, reached(sweep, run, whole, moment), moment, started.kill)
+    working = wait_until_gone(started.mark, 30)
+    agents = wait_until_gone(started.mark, 120, agents=True)
+    print(f"after {working:.1f} s nothing worked any more, after {working + agents:.1f} s nothing was there")

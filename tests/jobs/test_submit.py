@@ -1,6 +1,7 @@
 """`ray job submit` and `--address`, on a real head: own ports, own folder, a token thrown away afterwards."""
 
 import os
+import re
 import shutil
 import signal
 import socket
@@ -9,9 +10,9 @@ import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pandas as pd
@@ -100,12 +101,19 @@ def head() -> Iterator[Head]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def submit(head: Head, *command: object, working_dir: Path | None = None) -> subprocess.CompletedProcess[str]:
-    """`ray job submit`, from the root of the project, as the README has it."""
+def submit(
+    head: Head, *command: object, working_dir: Path | None = None, options: tuple[str, ...] = (), cwd: Path = ROOT
+) -> subprocess.CompletedProcess[str]:
+    """`ray job submit`, by default from the root of the project, as the README has it."""
     where = () if working_dir is None else ("--working-dir", str(working_dir))
+    return ray_job(head, "submit", *where, *options, "--", *map(str, command), cwd=cwd)
+
+
+def ray_job(head: Head, *arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    """`ray job`, as someone does who has the token."""
     return subprocess.run(
-        [str(BIN / "ray"), "job", "submit", *where, "--", *map(str, command)],
-        cwd=ROOT,
+        [str(BIN / "ray"), "job", *arguments],
+        cwd=cwd,
         env={**head.env, "RAY_ADDRESS": head.dashboard},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -156,6 +164,82 @@ def test_a_submitted_job_runs_in_place_where_the_project_lies_on_the_node(head, 
     done = submit(head, "python", ROOT / "jobs" / "top9.py", "--run", run, "--data", data, *SWEEP)
     assert done.returncode == 0, done.stdout
     check_result(run, data, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("copied", [True, False])
+def test_a_job_is_submitted_from_another_folder(head, world, tmp_path, copied):
+    """With the project's folder as --working-dir, or the job's absolute path on the node."""
+    run, data = world
+    job, where = ("jobs/top9.py", ROOT) if copied else (ROOT / "jobs" / "top9.py", None)
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    done = submit(head, "python", job, "--run", run, "--data", data, *SWEEP, working_dir=where, cwd=elsewhere)
+    assert done.returncode == 0, done.stdout
+    check_result(run, data, tmp_path)
+    assert list(elsewhere.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_without_the_token_nothing_is_answered(head, world):
+    run, data = world
+    stranger = {name: value for name, value in head.env.items() if not name.startswith("RAY_AUTH")}
+    job = ("python", "jobs/top9.py", "--run", run, "--data", data, *SWEEP)
+    for token in ({}, {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0" * 64}):
+        done = submit(replace(head, env={**stranger, **token, "HOME": str(run.parent)}), *job, working_dir=Path())
+        assert done.returncode != 0
+        assert re.search("40[13]|[Uu]nauthori[sz]ed|[Ii]nvalid authentication token", done.stdout), done.stdout
+    assert not (run / "results").exists()
+    assert not (run / "unfinished").exists()
+
+
+def wait_until(condition: Callable[[], bool], seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def drivers(run: Path) -> list[str]:
+    """Processes with this run on their command line."""
+    found = []
+    for line in Path("/proc").glob("[0-9]*/cmdline"):
+        with suppress(OSError):
+            found += [line.parent.name] if str(run).encode() in line.read_bytes() else []
+    return found
+
+
+@pytest.mark.slow
+def test_a_stopped_job_ends_with_its_workers_and_the_same_command_goes_on(head, make_run, make_shards, tmp_path):
+    """--no-wait, then status, logs and stop, as docs/cluster.md has them."""
+    run, data = make_run("stopped"), make_shards(val=[60])
+    job = ("--data", str(data), "--stride-px", "1", "--part-size", "1")
+    command = ("python", "jobs/occlusion.py", "--run", run, *job)
+
+    def parts() -> int:
+        return len(list(run.glob("unfinished/occlusion/*/parts/part-*")))
+
+    done = submit(head, *command, working_dir=Path(), options=("--no-wait", "--submission-id", "to-stop"))
+    assert done.returncode == 0, done.stdout
+    wait_until(lambda: parts() >= 3, 60)
+    assert "RUNNING" in ray_job(head, "status", "to-stop").stdout
+    stopped = ray_job(head, "stop", "to-stop")
+    assert stopped.returncode == 0, stopped.stdout
+    assert "STOPPED" in ray_job(head, "status", "to-stop").stdout
+    assert "60 images, 60 of 60 parts to do" in ray_job(head, "logs", "to-stop").stdout
+    assert drivers(run) == []
+    time.sleep(2)  # what was under way is committed, or lost with its worker
+    left = parts()
+    time.sleep(3)
+    assert 3 <= parts() == left < 60, "nobody works on it any more"
+    assert not (run / "results").exists()
+    done = submit(head, *command, working_dir=Path())
+    assert done.returncode == 0, done.stdout
+    assert f"60 images, {60 - left} of 60 parts to do" in done.stdout
+    alone = make_run("alone")
+    again = [sys.executable, str(ROOT / "jobs" / "occlusion.py"), "--run", str(alone), *job, "--workers.num", "0"]
+    subprocess.run(again, check=True, stdout=subprocess.DEVNULL, timeout=120)
+    assert_same(alone, run, "occlusion")
 
 
 @pytest.mark.slow

@@ -90,6 +90,27 @@ def test_all_probabilities_are_kept_where_they_are_asked_for(make_run, make_shar
         assert np.abs(all_classes.sum(2) - 1).max() < 1e-6
 
 
+@pytest.mark.parametrize("refine", [1.0, 0.1])
+def test_the_five_best_classes_before_and_with_the_square_where_it_hurts_most(make_run, make_shards, refine):
+    run = make_run()
+    frame = occluded(run, make_shards(val=[2]), refine=refine)
+    model = Run.at(str(run)).load_model()
+    for row in frame.itertuples():
+        pixels = np.asarray(Image.open(io.BytesIO(row.image_png))).astype(np.float32)
+        hidden = pixels.copy()
+        i, j = divmod(int(row.probability_map.argmin()), row.grid_cols)
+        top, left = i * row.stride_px, j * row.stride_px
+        hidden[top : top + row.occluder_px, left : left + row.occluder_width_px] = 124
+        for name, image in (("clean", pixels), ("lowest", hidden)):
+            with torch.no_grad():
+                scores = (
+                    model.network(model.preprocessing.normalise(torch.from_numpy(image)[None]))[0].softmax(0).numpy()
+                )
+            classes = getattr(row, f"{name}_top5_classes")
+            assert classes.tolist() == np.argsort(-scores, kind="stable")[:5].tolist()
+            assert np.abs(getattr(row, f"{name}_top5_probabilities") - scores[classes]).max() < 1e-5
+
+
 def test_refined_maps_are_marked(make_run, make_shards):
     assert not occluded(make_run(), make_shards(val=[2]), refine=0.1).exact.any()
 

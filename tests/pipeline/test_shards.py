@@ -182,7 +182,7 @@ def test_storage_that_fails_once_is_read_again_from_the_start(shard, monkeypatch
 
     index = make_index(shard)
     before = read_all(index)
-    opened = Location.open
+    opened = Location._open
     calls = []
 
     def fails_first(self):
@@ -191,7 +191,7 @@ def test_storage_that_fails_once_is_read_again_from_the_start(shard, monkeypatch
             raise OSError("AWS Error NETWORK_CONNECTION")
         return opened(self)
 
-    monkeypatch.setattr(Location, "open", fails_first)
+    monkeypatch.setattr(Location, "_open", fails_first)
     monkeypatch.setattr("time.sleep", lambda seconds: None)
     assert read_all(index) == before
 
@@ -204,7 +204,7 @@ def test_storage_that_keeps_failing_is_never_a_skipped_sample(shard, monkeypatch
     def fails(self):
         raise OSError("AWS Error ACCESS_DENIED")
 
-    monkeypatch.setattr(Location, "open", fails)
+    monkeypatch.setattr(Location, "_open", fails)
     monkeypatch.setattr("time.sleep", lambda seconds: None)
     with pytest.raises(StorageError, match=r"val-000000.tar after 3 attempts: AWS Error"):
         read_all(index)

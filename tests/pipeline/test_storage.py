@@ -1,6 +1,5 @@
 """Storage: a file is there whole or not at all, on a disk and on an object store alike."""
 
-import io
 import os
 import signal
 import subprocess
@@ -9,7 +8,6 @@ from pathlib import Path
 
 import pyarrow.fs as pafs
 import pytest
-from fsspec.implementations.memory import MemoryFile, MemoryFileSystem
 
 from pipeline.storage import READ_ATTEMPTS, Location, StorageError, retrying
 from tests.conftest import ROOT
@@ -17,51 +15,13 @@ from tests.conftest import ROOT
 DATA = bytes(range(256)) * 1000
 
 
-class Bucket(MemoryFileSystem):
-    """An object store in memory: an object appears when its stream is closed, as on S3. It can fail while it writes."""
-
-    cachable = False
-    fails_after: int | None = None
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.store, self.pseudo_dirs = {}, [""]
-
-    def _open(self, path, mode="rb", **options):
-        if mode != "wb":
-            return super()._open(path, mode, **options)
-        return Upload(self, self._strip_protocol(path))
-
-
-class Upload(io.BytesIO):
-    def __init__(self, bucket: Bucket, path: str) -> None:
-        super().__init__()
-        self.bucket, self.path = bucket, path
-
-    def write(self, data) -> int:
-        if self.bucket.fails_after is not None and self.tell() + len(data) > self.bucket.fails_after:
-            super().write(data[: self.bucket.fails_after - self.tell()])
-            raise OSError("AWS Error NETWORK_CONNECTION")
-        return super().write(data)
-
-    def close(self) -> None:
-        if not self.closed:
-            data = self.getvalue()
-            super().close()
-            self.bucket.store[self.path] = MemoryFile(self.bucket, self.path, data)
-
-
-@pytest.fixture
-def bucket():
-    return Bucket()
-
-
-@pytest.fixture(params=["local", "bucket"])
-def folder(request, tmp_path, bucket):
+@pytest.fixture(params=["local", "s3"])
+def folder(request, tmp_path):
     """A folder of each kind of storage."""
     if request.param == "local":
         return Location.of(str(tmp_path / "folder"))
-    return Location(pafs.PyFileSystem(pafs.FSSpecHandler(bucket)), "bucket/folder")
+    request.getfixturevalue("s3")
+    return Location.of("s3://bucket/folder")
 
 
 def names(folder: Location) -> list[str]:
@@ -174,39 +134,6 @@ def test_a_missing_file_is_named_at_once(folder, monkeypatch):
         (folder / "file.bin").size()
 
 
-@pytest.mark.parametrize("before", [None, b"before"])
-def test_an_upload_that_fails_leaves_no_half_of_an_object(bucket, before):
-    file = Location(pafs.PyFileSystem(pafs.FSSpecHandler(bucket)), "bucket/folder/file.bin")
-    if before is not None:
-        file.write(before)
-    bucket.fails_after = 1000
-    with pytest.raises(StorageError, match="NETWORK_CONNECTION"):
-        file.write(DATA)
-    bucket.fails_after = None
-    assert (file.read() if file.exists() else None) == before
-
-
-def test_no_temporary_file_of_an_upload_stays_on_the_disk(bucket, tmp_path, monkeypatch):
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    file = Location(pafs.PyFileSystem(pafs.FSSpecHandler(bucket)), "bucket/folder/file.bin")
-    file.write(DATA)
-    bucket.fails_after = 1000
-    with pytest.raises(StorageError):
-        file.write(DATA)
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_an_upload_has_its_temporary_name_in_the_staging_folder(bucket, monkeypatch):
-    opened = []
-    open_ = bucket.open
-    monkeypatch.setattr(bucket, "open", lambda path, *a, **k: opened.append(Path(path)) or open_(path, *a, **k))
-    folder = Location(pafs.PyFileSystem(pafs.FSSpecHandler(bucket)), "bucket/folder")
-    (folder / "results" / "file.bin").write(DATA, folder / "staging")
-    assert [path.parent.name for path in opened if path.name.startswith(".tmp-")] == ["staging"]
-    assert (folder / "results").names() == ["file.bin"]
-    assert (folder / "results" / "file.bin").read() == DATA
-
-
 # ------------------------------------------------------------------------------------------------------------- a disk
 
 
@@ -308,7 +235,7 @@ def test_an_unknown_scheme_is_refused_with_those_there_are(url):
         Location.of(url)
 
 
-def test_a_location_names_itself_as_it_was_given(bucket, tmp_path):
+def test_a_location_names_itself_as_it_was_given(tmp_path):
     assert str(Location.of(str(tmp_path)) / "a") == f"{tmp_path}/a"
     s3 = pafs.S3FileSystem(anonymous=True, region="us-east-1")
     assert str(Location(s3, "bucket/run") / "run.json") == "s3://bucket/run/run.json"

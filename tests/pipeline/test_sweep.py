@@ -1,5 +1,6 @@
 """Sweeps end to end: exact, the same for any number of actors, resumable, and never silently incomplete."""
 
+import contextlib
 import itertools
 import json
 import shutil
@@ -11,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from pipeline import sweep, work
+from pipeline import lease, sweep, work
 from pipeline.analyses import deconv, occlusion, top9
 from pipeline.analysis import fold_tree
 from pipeline.cluster import CannotSchedule, Workers
@@ -557,7 +558,8 @@ def test_parts_of_other_samples_are_refused(make_run, make_shards, monkeypatch):
 
 @pytest.mark.parametrize("part", [1, 4])
 def test_two_runs_of_one_job_do_not_break_each_other(make_run, make_shards, tmp_path, monkeypatch, capsys, part):
-    """The second finishes, and clears up, while the first is at work."""
+    """Both hold the lease; the second finishes, and clears up, while the first is at work."""
+    monkeypatch.setattr(lease, "held", lambda *given: contextlib.nullcontext())
     data, run = make_shards(val=UNEQUAL), make_run()
     undisturbed = tmp_path / "undisturbed"
     shutil.copytree(run, undisturbed)

@@ -26,13 +26,13 @@ from pipeline.cluster import Workers
 from pipeline.loop import Plan, Trainer
 from pipeline.runs import Run
 from tests.conftest import ROOT
-from tests.jobs.test_kill import alive
+from tests.jobs.killing import SEED, alive, below, wait_until_gone
+from tests.jobs.killing import step as step_of
 from tests.pipeline.test_train import options, weights
 
-SEED = int(os.environ.get("KILL_SEED", random.SystemRandom().randrange(10**6)))
 STEPS = 25  # of an epoch: 200 images by 8
 SETTINGS = ["--epochs", "4", "--batch", "8", "--checkpoint-steps", "3", "--workers.cpus", "1", "--decoders", "0"]
-EPOCHS = 50  # of the elastic training: it must last until Ray Train has seen the new node
+ENDLESS = 10_000  # epochs of the elastic training: it lasts until Ray Train has seen the new node, however slow that is
 
 
 def command(run: Path, data: Path, *more: str) -> list[str]:
@@ -45,31 +45,19 @@ def finish(arguments: list[str]) -> str:
     return done.stdout
 
 
-def reached(run: Path) -> int:
-    """The step of the newest whole checkpoint; 0: there is none."""
-    for _ in range(100):
-        try:
-            found = checkpoints.newest(Run.at(str(run)))
-            return checkpoints._step(Run.at(str(run)), found) if found else 0
-        except FileNotFoundError:  # it was dropped for a newer one while this looked
-            continue
-    raise AssertionError("no checkpoint stays")
-
-
 def wait_for(run: Path, step: int) -> None:
     deadline = time.monotonic() + 120
-    while reached(run) < step:
+    while step_of(run) < step:
         assert time.monotonic() < deadline, f"step {step} was not reached"
         time.sleep(0.002)
 
 
 def kill_worker() -> int:
-    """SIGKILL one training worker of this machine."""
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit() and b"RayTrainWorker" in (entry / "cmdline").read_bytes():
-            os.kill(int(entry.name), signal.SIGKILL)
-            return int(entry.name)
-    raise AssertionError("there is no training worker")
+    """SIGKILL one training worker of this process's cluster."""
+    found = [pid for pid, name in below(os.getpid()).items() if b"RayTrainWorker" in name]
+    assert found, "there is no training worker"
+    os.kill(found[0], signal.SIGKILL)
+    return found[0]
 
 
 @pytest.mark.slow
@@ -97,10 +85,7 @@ def test_kills_inside_an_epoch_change_no_bit(make_shards, tmp_path, workers):
         for process in alive(mark) if all_at_once else [driver.pid]:
             os.kill(process, signal.SIGKILL)
         driver.wait()
-        deadline = time.monotonic() + 60
-        while alive(mark):
-            assert time.monotonic() < deadline, "processes of a killed job are still there after 60 s"
-            time.sleep(0.1)
+        wait_until_gone(mark)
         assert not (run / "run.json").exists()
     assert checkpoints.newest(Run.at(str(run))).startswith("step-")
     finish(command(run, data, *number))
@@ -199,36 +184,44 @@ def test_elastic_training_loses_a_node_and_gets_another(make_shards, tmp_path):
     data, run, whole = make_shards(train=[200], val=[6]), tmp_path / "run", tmp_path / "whole"
     exact = {"precision": "float64", "dropout": 0.0, "schedule": "plateau"}
     assert train.run(options(whole, data, **exact, epochs=5)) == 0
-    more = ("--precision", "float64", "--dropout", "0", "--schedule", "plateau", "--epochs", str(EPOCHS))
+    more = ("--precision", "float64", "--dropout", "0", "--schedule", "plateau", "--epochs", str(ENDLESS))
     elastic = ("--workers.num", "2", "--min-workers", "1")
     cluster = Cluster(
         initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False, "object_store_memory": 2**27}
     )
     try:
         lost, _ = (cluster.add_node(num_cpus=1, object_store_memory=2**27) for _ in range(2))
-        driver = subprocess.Popen(
-            [*command(run, data, *more, *elastic), "--address", cluster.address],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
+        with (tmp_path / "log").open("w") as log:
+            driver = subprocess.Popen(
+                [*command(run, data, *more, *elastic), "--address", cluster.address], stdout=log, stderr=log
+            )
         wait_for(run, STEPS + 3)
         cluster.remove_node(lost, allow_graceful=False)
-        began = time.monotonic()
-        while 1 not in metrics.read(Run.at(str(run)))["workers"].to_pylist():
-            assert driver.poll() is None, driver.communicate()[0]
-            time.sleep(0.1)
-        print(f"an epoch on one worker is done {time.monotonic() - began:.0f} s after the loss")
+        print(f"an epoch on one worker is done {wait_for_groups(driver, run, [2, 1]):.0f} s after the loss")
         cluster.add_node(num_cpus=1, object_store_memory=2**27)
-        text, _ = driver.communicate(timeout=500)
-        assert driver.returncode == 0, text
+        print(f"an epoch on two is done {wait_for_groups(driver, run, [2, 1, 2]):.0f} s after another node came")
+        driver.send_signal(signal.SIGINT)
+        assert driver.wait(60) == 130, (tmp_path / "log").read_text()
     finally:
         cluster.shutdown()
-    found = pd.read_parquet(run / "metrics")
-    assert found.epoch.tolist() == list(range(1, EPOCHS + 1))
+    found = metrics.read(Run.at(str(run))).to_pandas()
+    assert found.epoch.tolist() == list(range(1, len(found) + 1))
     assert (found.train_samples == 200).all()
-    groups = [workers for workers, _ in itertools.groupby(found.workers)]
-    assert groups == [2, 1, 2]
     undisturbed = pd.read_parquet(whole / "metrics")
     for loss in ("train_loss", "validation_loss"):
         pd.testing.assert_series_equal(found[loss][:5], undisturbed[loss], rtol=0, atol=1e-9)
+
+
+def wait_for_groups(driver: subprocess.Popen, run: Path, expected: list[int]) -> float:
+    """Seconds until the epochs were done by groups of so many workers, one group after another."""
+    began = time.monotonic()
+    while (found := groups(run)) != expected:
+        assert driver.poll() is None, "it ended too early"
+        assert time.monotonic() - began < 200, found
+        time.sleep(0.2)
+    return time.monotonic() - began
+
+
+def groups(run: Path) -> list[int]:
+    """The numbers of workers that epochs were done by."""
+    return [workers for workers, _ in itertools.groupby(metrics.read(Run.at(str(run)))["workers"].to_pylist())]

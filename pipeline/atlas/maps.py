@@ -1,0 +1,133 @@
+"""Feature map pages: all that the tables know of one map, at an address that stays."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+
+from pipeline.atlas import sprites
+from pipeline.atlas.charts import Bars, bars, histogram
+from pipeline.atlas.evolution import Strip
+from pipeline.atlas.mentions import Mention
+from pipeline.atlas.pages import Link, Picture, layer_page, map_page, neighbours
+from pipeline.atlas.records import Entry, FeatureMap, Layer, Sources
+from pipeline.atlas.site import Site
+from pipeline.atlas.wholes import Sheet
+
+SIMILAR_SHOWN = 12
+
+
+@dataclass
+class Assets:
+    """The pictures of a layer's maps, by the map's number."""
+
+    tile_px: int
+    sprites: dict[int, str] = field(default_factory=dict)
+    wholes: dict[int, Sheet] = field(default_factory=dict)
+    groups: dict[int, Sheet] = field(default_factory=dict)
+    strips: dict[int, tuple[str, Strip]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Missing:
+    """A part that a page could have, and the job that makes its table."""
+
+    what: str
+    table: str
+    options: str = ""
+    """Of the job, beside --run and --name."""
+
+
+def write(
+    site: Site,
+    sources: Sources,
+    layer: Layer,
+    assets: Assets,
+    pictures: Sequence[Picture],
+    told: dict[str, list[Mention]],
+) -> None:
+    """A page for each map of the layer."""
+    links = [Link(f"Map {map_.number}", map_page(layer.name, map_.number)) for map_ in layer.maps]
+    width, height = sprites.size(assets.tile_px)
+    page_of_key = {picture.key: picture.page for picture in pictures}
+    could_have = _missing(sources, layer)
+    for place, map_ in enumerate(layer.maps):
+        before, after = neighbours(links, place)
+        known = map_.statistics
+        site.write_page(
+            links[place].page,
+            "map.html.j2",
+            run_name=sources.run.location.name,
+            run_path=str(sources.run.location),
+            layer=layer,
+            map=map_,
+            shown=map_.entries[: sprites.SHOWN],
+            layer_page=layer_page(layer.name),
+            map_page=partial(map_page, layer.name),
+            before=before,
+            after=after,
+            sprite=assets.sprites.get(map_.number),
+            sprite_width=width,
+            sprite_height=height,
+            tile_px=assets.tile_px,
+            place_of=partial(sprites.place, assets.tile_px),
+            input_px=sources.input_px,
+            whole=assets.wholes.get(map_.number),
+            groups=assets.groups.get(map_.number),
+            firsts=_firsts(map_),
+            strip=assets.strips.get(map_.number),
+            histogram=histogram(known.histogram, known.edges, known.quantiles) if known else None,
+            classes=_classes(map_),
+            similar=map_.similar[:SIMILAR_SHOWN],
+            sprite_of=assets.sprites,
+            examples=[p for p in pictures if (p.layer, p.feature_map) == (layer.name, map_.number)],
+            page_of_key=page_of_key,
+            mentions=told.get(str(map_.number), []),
+            could_have=could_have,
+            field_on_image=partial(_on_image, input_px=sources.input_px),
+        )
+
+
+def _firsts(map_: FeatureMap) -> list[int]:
+    """Place of each group's first picture on the sheet of groups."""
+    firsts, total = [], 0
+    for _, entries in map_.groups:
+        firsts.append(total)
+        total += len(entries)
+    return firsts
+
+
+def _classes(map_: FeatureMap) -> Bars | None:
+    """The classes of the strongest images, as bars."""
+    rows = [("no label" if name is None else name, (float(count),)) for name, count in map_.classes]
+    return bars(f"Classes of the {len(map_.entries)} strongest images", ("images",), rows)
+
+
+def _on_image(entry: Entry, input_px: int) -> tuple[int, int, int, int]:
+    """Top, left, height and width of a cell's receptive field, cut to the image, in input pixels."""
+    top, left, height, width = entry.field
+    first_row, first_col = max(top, 0), max(left, 0)
+    return first_row, first_col, min(top + height, input_px) - first_row, min(left + width, input_px) - first_col
+
+
+def _missing(sources: Sources, layer: Layer) -> list[Missing]:
+    """What the layer's pages could show as well."""
+    wanted = [
+        (sources.feature_maps, Missing("statistics and histogram", sources.top9)),
+        (sources.deconv, Missing("projections and patches", sources.deconv)),
+        (sources.pictures, Missing("the whole pictures behind the patches", sources.pictures)),
+        (sources.groups, Missing("images from the map’s whole range", sources.groups)),
+        (sources.pictures_of_groups, Missing("pictures of these", sources.pictures_of_groups, "--of groups")),
+        (sources.duplicates, Missing("maps that answer alike", sources.duplicates)),
+        (sources.evolution, Missing("its evolution over the epochs", sources.evolution)),
+        (sources.occlusion, Missing("occlusion examples", sources.occlusion)),
+        ("units", Missing("the filter’s condition", "units")),
+    ]
+    whole = {sources.evolution, sources.occlusion}
+    finished = {table: sources.run.manifest(table) for table, _ in wanted}
+    return [
+        missing
+        for table, missing in wanted
+        if not (finished[table] if table in whole else layer.name in finished[table])
+    ]

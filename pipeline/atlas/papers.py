@@ -1,0 +1,143 @@
+"""The papers' tables beside this run's: the same measure, of whatever data and network the run has.
+
+The numbers are those of Zeiler and Fergus, Visualizing and Understanding Convolutional Networks, arXiv 1311.2901v3.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pandas as pd
+
+from pipeline.atlas import views
+from pipeline.atlas.catalogue import ResultTable
+from pipeline.figures import paper
+from pipeline.runs import Run
+
+Rows = list[tuple[str, tuple[str, ...]]]
+
+
+@dataclass(frozen=True)
+class PaperTable:
+    """A table of the paper."""
+
+    title: str
+    note: str
+    """What is measured, on what, in what unit."""
+    heads: tuple[str, ...]
+    rows: Rows
+    table: str
+    """This run's table that measures the same."""
+    columns: tuple[str, ...]
+    """What is read of it."""
+    ours: Callable[[pd.DataFrame], Rows]
+    """This run's rows, from those columns."""
+
+
+@dataclass(frozen=True)
+class Beside:
+    """A table of the paper with this run's rows; none where the run has no such table."""
+
+    paper: PaperTable
+    ours: Rows
+
+
+def _percent(value: float) -> str:
+    return "–" if math.isnan(value) else f"{100 * value:.1f}"
+
+
+def _errors(frame: pd.DataFrame) -> Rows:
+    return [
+        (
+            f"this run, {row['split']}, {row['views']} crop{'s' * (row['views'] != 'centre')}, {row['images']} images",
+            (_percent(row["top1_error"]), _percent(row["top5_error"])),
+        )
+        for row in frame.to_dict("records")
+    ]
+
+
+def _correspondence(frame: pd.DataFrame) -> Rows:
+    layers = list(dict.fromkeys(frame["layer"]))
+    heads = ", ".join(layers)
+    return [
+        (
+            f"this run, {part} ({heads})",
+            tuple(f"{group[group['layer'] == layer]['mean'].mean():.3f}" for layer in layers),
+        )
+        for part, group in frame.groupby("part", sort=False)
+    ]
+
+
+def _transfer(frame: pd.DataFrame) -> Rows:
+    counts = sorted(frame["images_per_class"].unique())
+    heads = ", ".join(str(count) for count in counts)
+    return [
+        (
+            f"this run, {classifier} ({layer}), {heads} images a class",
+            (", ".join(_percent(group[group["images_per_class"] == n]["accuracy"].mean()) for n in counts),),
+        )
+        for (layer, classifier), group in frame.groupby(["layer", "classifier"], sort=False)
+    ]
+
+
+def _multilabel(frame: pd.DataFrame) -> Rows:
+    return [
+        (f"this run ({layer})", (_percent(group["average_precision"].mean()),))
+        for layer, group in frame.groupby("layer", sort=False)
+    ]
+
+
+def _rows(lines: list[list[str]]) -> Rows:
+    return [(line[0], tuple(line[1:])) for line in lines]
+
+
+PAPER_TABLES = (
+    PaperTable(
+        "Table 2: errors on ImageNet 2012",
+        "Error on the validation images in per cent.",
+        ("top-1", "top-5"),
+        _rows(paper.IMAGENET),
+        "evaluation",
+        ("split", "views", "images", "top1_error", "top5_error"),
+        _errors,
+    ),
+    PaperTable(
+        "Table 1: correspondence",
+        "Mean feature sign change when a part of five dogs' faces is masked; lower is more alike.",
+        ("layer 5", "layer 7"),
+        _rows(paper.CORRESPONDENCE),
+        "correspondence",
+        ("layer", "part", "mean"),
+        _correspondence,
+    ),
+    PaperTable(
+        "Table 7: what layers are worth to another task",
+        "Mean accuracy over classes in per cent: Caltech-101, 30 images a class, and Caltech-256, 60 images a class.",
+        ("Caltech-101", "Caltech-256"),
+        _rows(paper.LAYERS),
+        "transfer",
+        ("layer", "classifier", "images_per_class", "accuracy"),
+        _transfer,
+    ),
+    PaperTable(
+        "Table 6: PASCAL 2012 classification",
+        "Mean over classes of the average precision, in per cent.",
+        ("mean average precision",),
+        [("Sande et al.", ("74.3",)), ("Yan et al.", ("82.2",)), ("ZFNet", ("79.0",))],
+        "multilabel",
+        ("layer", "average_precision"),
+        _multilabel,
+    ),
+)
+
+
+def beside(run: Run, found: list[ResultTable]) -> list[Beside]:
+    """Each table of the paper with the rows of this run, of all tables of that kind that it has."""
+    return [Beside(theirs, [row for table in found for row in _ours(run, theirs, table)]) for theirs in PAPER_TABLES]
+
+
+def _ours(run: Run, theirs: PaperTable, table: ResultTable) -> Rows:
+    frame = views.read(run, table, list(theirs.columns)) if table.kind == theirs.table else None
+    return theirs.ours(frame) if frame is not None and len(frame) else []
