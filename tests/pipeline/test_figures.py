@@ -208,9 +208,11 @@ def test_all_of_it_is_written_and_the_same_tables_give_the_same_bytes(run, tmp_p
     assert all((tmp_path / "two" / name).read_bytes() == (tmp_path / "one" / name).read_bytes() for name in names)
 
 
-def test_a_run_without_tables_is_refused(make_run):
+def test_a_run_without_tables_is_refused(make_run, tmp_path):
     with pytest.raises(RunError, match="none of the tables that figures are drawn from"):
         book.draw(book.Options(run=str(make_run())))
+    with pytest.raises(RunError, match="none of the tables that figures are drawn from"):
+        book.draw(book.Options(run=str(tmp_path / "nothing")))  # jobs/ablation.py's folder has no model either
     with pytest.raises(RunError, match="--images is 0"):
         book.Options(images=0)
 
