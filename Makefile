@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-all lint clean
+.PHONY: demo test test-all lint docs clean
 
 demo: .venv/installed
 	$(BIN)/python jobs/demo.py
@@ -12,6 +12,10 @@ test: .venv/installed-dev lint
 
 test-all: .venv/installed-dev lint
 	$(BIN)/python -m pytest -m "not gpu"
+
+# Pages that the code writes: the reference of the tables.
+docs: .venv/installed-dev
+	$(BIN)/python docs/generate/tables.py
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check .
