@@ -281,28 +281,28 @@ def image(row: Mapping[str, Any] | pd.Series, column: str | None = None) -> npt.
 
     Args:
         row: of pandas (`frame.iloc[0]`), or a dictionary, as Polars and DuckDB give it.
-        column: one that ends in _png (uint8), or `projection` (float32, the projection's own values however they are
-            stored); default the row's only PNG column.
+        column: one that ends in _png or _jpeg (uint8), or `projection` (float32, the projection's own values, however
+            they are stored); default the row's only picture.
 
-    Raises: KeyError where the row has no such column, or several PNG columns and none is named.
+    Raises: KeyError where the row has no such column, or several pictures and none is named.
     """
     if column is None:
-        pictures = [str(name) for name in row.keys() if str(name).endswith("_png")]  # noqa: SIM118 (a Series)
+        pictures = [str(name) for name in row.keys() if str(name).endswith(("_png", "_jpeg"))]  # noqa: SIM118 (a Series)
         if len(pictures) != 1:
-            raise KeyError(f"the row has {', '.join(pictures) or 'no column that ends in _png'}: name one column")
+            raise KeyError(f"the row has {', '.join(pictures) or 'no picture'}: name one column")
         (column,) = pictures
     if column != "projection":
-        return np.asarray(_png(row[column]))
+        return np.asarray(_decoded(row[column]))
     stored, scale = row["projection"], np.float32(row["projection_scale"])
     if isinstance(stored, bytes):
-        values = (np.asarray(_png(stored), dtype=np.float32) - np.float32(128)) / np.float32(127)
+        values = (np.asarray(_decoded(stored), dtype=np.float32) - np.float32(128)) / np.float32(127)
     else:
         values = np.asarray(stored, dtype=np.float32).reshape(row["projection_height"], row["projection_width"], 3)
     largest = np.abs(values).max(initial=0)  # 1 where they are shares of the scale, the scale itself where not
     return values * (scale / largest) if largest else values
 
 
-def _png(data: bytes) -> Image.Image:
+def _decoded(data: bytes) -> Image.Image:
     return Image.open(io.BytesIO(data)).convert("RGB")
 
 

@@ -370,4 +370,5 @@ ANALYSIS = Analysis(
     forwards=lambda context: 1 + sum(grid.rows * grid.cols for grid in grids_of(context)),
     expected_rows=expected_rows,
     selects=(),
+    then="pictures.py --run {run} --data {data}",
 )

@@ -98,7 +98,7 @@ printf '%s\\n' "${{COMPREPLY[@]}}"
     [
         ("--la", 1, {"--layers"}),
         ("--decode s", 2, {"scaled"}),
-        ("--workers.", 1, {"--workers.num", "--workers.cpus", "--workers.gpus"}),
+        ("--max-", 1, {"--max-skipped"}),
     ],
 )
 def test_bash_completes_options_and_their_values(tmp_path, words, place, expected):

@@ -192,7 +192,7 @@ def test_maps_have_the_shape_of_the_grid(run, library):
 
 
 def test_a_row_without_a_picture_says_so(run):
-    with pytest.raises(KeyError, match="no column that ends in _png: name one"):
+    with pytest.raises(KeyError, match="the row has no picture: name one"):
         tables.image(tables.load(run, "top9").iloc[0])
     with pytest.raises(KeyError, match="one_png, two_png: name one"):
         tables.image({"one_png": b"", "two_png": b""})
