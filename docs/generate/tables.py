@@ -77,16 +77,23 @@ class Table:
     @property
     def job(self) -> str:
         """The command that makes it."""
-        analysis = self.module.removeprefix("pipeline.analyses.")
-        jobs = [
-            path.name
-            for path in sorted((ROOT / "jobs").glob("*.py"))
-            if re.search(rf"pipeline\.analyses(\.| import ){analysis}\b", path.read_text())
-        ]
-        return jobs[0] if jobs else _OF_NO_ANALYSIS[self.module]
+        return _OF_NO_ANALYSIS.get(self.module) or f"`jobs/{_job(self.module.rpartition('.')[2])}`"
 
 
-_OF_NO_ANALYSIS = {"pipeline.metrics": "train.py", "pipeline.shards": "shards.py", "pipeline.tables": ""}
+def _job(analysis: str) -> str:
+    """The job that imports the analysis, or imports one that does."""
+    for folder in (ROOT / "jobs", ROOT / "pipeline" / "analyses"):
+        for path in sorted(folder.glob("*.py")):
+            if re.search(rf"pipeline\.analyses(\.| import ([\w, ]+, )?){analysis}\b", path.read_text()):
+                return path.name if folder.name == "jobs" else _job(path.stem)
+    raise LookupError(f"no job imports pipeline.analyses.{analysis}")
+
+
+_OF_NO_ANALYSIS = {
+    "pipeline.metrics": "`jobs/train.py`",
+    "pipeline.shards": "`jobs/shards.py`",
+    "pipeline.tables": "every job",
+}
 
 
 def found() -> dict[str, Table]:
@@ -109,8 +116,9 @@ def page() -> str:
     tables = found()
     lines = [INTRODUCTION, "| table | a row is | a file for each | made by |", "|---|---|---|---|"]
     for name, table in tables.items():
-        job = f"`jobs/{table.job}`" if table.job else "every job"
-        lines.append(f"| [`{name}`](#{name}) | {table.about('row')} | {table.about('file') or 'one file'} | {job} |")
+        lines.append(
+            f"| [`{name}`](#{name}) | {table.about('row')} | {table.about('file') or 'one file'} | {table.job} |"
+        )
     for name, table in tables.items():
         lines += ["", *_section(name, table, tables)]
     return "\n".join(lines) + "\n"

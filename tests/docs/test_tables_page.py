@@ -36,8 +36,3 @@ def test_a_column_of_one_name_has_one_type_in_all_tables():
             if name not in page.APART and (field.name in table.key or field.name.endswith("_id")):
                 kinds.setdefault(field.name, {})[name] = str(field.type)
     assert {name: found for name, found in kinds.items() if len(set(found.values())) > 1} == {}
-
-
-def test_every_job_of_the_page_exists():
-    for table in page.found().values():
-        assert not table.job or (page.ROOT / "jobs" / table.job).is_file()
