@@ -13,6 +13,7 @@ import os
 import re
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from pipeline.analyses import (  # noqa: E402
     deconv,
     duplicates,
     evaluation,
+    evolution,
     groups,
     object_occlusion,
     occlusion,
@@ -57,6 +59,7 @@ def make(place: Path) -> None:
     sweep.run(deconv.ANALYSIS, options, deconv.Config(layers=("conv5",)))
     sweep.run(occlusion.ANALYSIS, options, occlusion.Config(first=6))
     sweep.run(object_occlusion.ANALYSIS, options, object_occlusion.Config(per_class=2))
+    evolution.run(replace(options, split="train"), evolution.Config(layers=("conv5",)))
     tables_alone = derive.Options(run=run)
     derive.run(groups.ANALYSIS, tables_alone, groups.Config())
     derive.run(duplicates.ANALYSIS, tables_alone, duplicates.Config(correlation=0.8))
