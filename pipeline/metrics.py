@@ -15,8 +15,12 @@ from pipeline import gauges, tables
 from pipeline.runs import Run
 from pipeline.storage import Location
 
-METRICS = pa.schema(
-    [
+METRICS = tables.schema(
+    "metrics",
+    row="an epoch of training",
+    file="epoch",
+    key=("epoch",),
+    columns=[
         tables.column("epoch", pa.int32(), "Epoch, from 1."),
         tables.column("learning_rate", pa.float64(), "Learning rate at the end of the epoch."),
         tables.column("train_samples", pa.int64(), "Images that the epoch trained on."),
@@ -31,7 +35,7 @@ METRICS = pa.schema(
         tables.column("images_per_second", pa.float64(), "Training images a second, all workers together."),
         tables.column("data_wait_share", pa.float64(), "Share of the training time spent waiting for images."),
         tables.column("seconds", pa.float64(), "Seconds of the epoch, validation included."),
-    ]
+    ],
 )
 
 MEANING = {
