@@ -369,7 +369,10 @@ def test_a_folder_of_tables_without_a_network_has_its_pages(tmp_path: Path) -> N
     index = built(run)
     assert "Tables of several networks" in Reader(index).page.text
     assert "made of another network" not in Reader(index).page.text
-    assert "without a network of its own" in read(index, "run.html").text
+    text = read(index, "run.html").text
+    assert "without a network of its own" in text
+    assert "this run, as it is: " in text  # beside the paper's table 3
+    assert "zfnet: layers 6, 7: 2048 units38.240.217.6" in text
     text = read(index, "tables/ablation.html").text
     assert "25.0 %" in text
     assert HOSTILE in text
