@@ -93,13 +93,13 @@ def test_sweeps_and_atlas_on_s3_are_the_local_ones_through_faults(cluster, s3, t
     imported(run, data)
     for job, options in SWEEPS.items():
         done(job, "--run", run, "--data", data, *options, *IN_PROCESS)
-    done("atlas", "--run", run, "--data", data)
+    done("atlas", "--run", run)
     done("shards", "rendered", "--out", DATA, *SHARDS)
     imported(RUN, DATA)
     s3.inject(*FAULTS)
     for job, options in SWEEPS.items():
         done(job, "--run", RUN, "--data", DATA, *options, "--address", cluster.address)
-    done("atlas", "--run", RUN, "--data", DATA)
+    done("atlas", "--run", RUN)
     print(Counter(kind for kind, _ in s3.injected))
     assert {kind for kind, _ in s3.injected} == {"cut", "503", "lost", "slow"}
     s3.inject()
