@@ -8,6 +8,7 @@ import torch
 from networks import overfeat
 from PIL import Image
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from zfnet import models
 from zfnet.activations import NotFinite
@@ -56,6 +57,19 @@ def test_the_fast_models_scales_follow_the_same_rule() -> None:
             assert sides == tuple(231 + 16 + 32 * k for k in steps)
             maps = sliding.scores(sliding.pooled(torch.zeros(1, 3, *sides), "fine"))
             assert maps.shape[2:] == tuple(2 * (k + 1) for k in steps)
+
+
+@pytest.mark.parametrize("name", ["overfeat_accurate", "overfeat_fast", *SMALL])
+def test_all_windows_of_scale_6_cost_less_than_a_tenth_of_the_windows_one_by_one(name) -> None:
+    """In multiply-adds; `benchmarks/dense.py` measures the time."""
+    with torch.device("meta"), torch.no_grad():
+        network = models.build(name).eval()
+        sliding = Sliding(network)
+        with FlopCounterMode(display=False) as dense:
+            maps = sliding.scores(sliding.pooled(torch.zeros(1, 3, *sliding.sides_px(6)), "fine"))
+        with FlopCounterMode(display=False) as window:
+            network(torch.zeros(1, 3, network.input_px, network.input_px))
+    assert 10 * dense.get_total_flops() < maps[0, 0].numel() * window.get_total_flops()
 
 
 def unpadded(table, classes=4, seed=0) -> Network:
