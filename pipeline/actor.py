@@ -80,7 +80,7 @@ class PartActor:
                 starting = begin_start(Location.of(token).parent, session, most)
             _require_device(self.device, resources)
             self.analysis: Analysis = importlib.import_module(module).ANALYSIS
-            context = open_context(options, config, self.analysis.table, self.device)
+            context = open_context(options, config, self.analysis.table, self.device, self.analysis.model)
             self.work = Work.of(context, self.analysis, slices)
             self._ready()
             self.state = self.analysis.setup(context, slices)

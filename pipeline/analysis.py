@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import pyarrow as pa
 
 from pipeline.context import Context, centre_crops, normalised
-from pipeline.runs import RunError
+from pipeline.runs import Model, Run, RunError, runs_model
 from pipeline.shards import Skipped
 from pipeline.storage import Location
 
@@ -47,6 +47,10 @@ def _as_given(context: Context) -> Any:
     return context.config
 
 
+def _one_for_all(context: Context, slice_: str) -> str:
+    return context.model.model_id
+
+
 @dataclass(frozen=True, kw_only=True)
 class Analysis:
     """One analysis as data and functions; each lives in a file of pipeline/analyses.
@@ -63,6 +67,10 @@ class Analysis:
     """Tables that it writes as well under this configuration."""
     module: str
     """Module that holds this record as ANALYSIS, for the actors."""
+    model: Callable[[Run, Any], Model] = runs_model
+    """Run and configuration -> the context's network."""
+    model_id: Callable[[Context, str], str | None] = _one_for_all
+    """Slice -> identity of the network that it is made with; None where that is there no more."""
     part_schema: Callable[[Any], pa.Schema]
     """Configuration -> schema of a part's rows, with a column `layer` where slices are layers."""
     resolve: Callable[[Context], Any] = _as_given

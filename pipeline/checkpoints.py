@@ -10,19 +10,26 @@ from __future__ import annotations
 
 import io
 import json
+from collections.abc import Collection
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load, save
 
-from pipeline.runs import Run, RunError, clear
+from pipeline.runs import Model, Run, RunError, clear, identity
 from pipeline.shards import Skipped
 from pipeline.storage import Location, StorageError
+from zfnet import models
+from zfnet.images import Preprocessing
 
 EVOLUTION = (1, 2, 5, 10, 20, 30, 40, 64)
 """Epochs of the paper's figure 4, kept for the evolution analysis."""
+
+MEAN = "preprocessing.mean"
+"""The mean image's name among a checkpoint's tensors."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,7 +55,17 @@ class Checkpoint:
     @property
     def name(self) -> str:
         """Name of its folder."""
-        return f"epoch-{self.epoch:04d}" if self.sums is None else f"step-{self.step:08d}"
+        return epoch_name(self.epoch) if self.sums is None else f"step-{self.step:08d}"
+
+
+def epoch_name(epoch: int) -> str:
+    """Name of the folder of the checkpoint at an epoch's end."""
+    return f"epoch-{epoch:04d}"
+
+
+def claim_of(run: Run) -> Location:
+    """The file that says what a run directory is training."""
+    return run.location / "checkpoints" / "training.json"
 
 
 def finished(run: Run) -> list[int]:
@@ -83,8 +100,10 @@ def _manifest(folder: Location) -> dict[str, Any]:
         raise _damaged(folder, error) from None
 
 
-def write(run: Run, checkpoint: Checkpoint) -> None:
+def write(run: Run, checkpoint: Checkpoint, keep: Collection[int] = EVOLUTION) -> None:
     """Commit a checkpoint, then drop what is no longer needed of earlier ones.
+
+    Only the last two epochs can be gone on from; of the others the weights of those in `keep` stay.
 
     Another process may be at work on the same training (pipeline/lease.py): if it is further, it may have dropped this
     one while it was written, and nothing is lost.
@@ -98,7 +117,11 @@ def write(run: Run, checkpoint: Checkpoint) -> None:
         return
     for epoch in finished(run):
         if epoch < checkpoint.epoch - 1:
-            _drop(run, epoch)
+            folder = run.location / "checkpoints" / epoch_name(epoch)
+            if epoch in keep:
+                clear(folder / "optimizer.pt")
+            else:
+                _delete(folder)
     for name in (run.location / "checkpoints").names():
         # Only earlier ones: of a process that is further this one drops nothing.
         if name.startswith("step-") and name != checkpoint.name and int(name[5:]) <= checkpoint.step:
@@ -114,15 +137,6 @@ def _commit(run: Run, checkpoint: Checkpoint) -> None:
     skipped = sorted([s.shard, s.key, s.reason, s.detail] for s in checkpoint.skipped)
     state = {name: getattr(checkpoint, name) for name in ("step", "epoch", "history", "sums", "seconds")}
     (folder / "manifest.json").write(json.dumps({**state, "skipped": skipped}).encode(), run.training)
-
-
-def _drop(run: Run, epoch: int) -> None:
-    """Only the last two epochs can be gone on from; of the others the weights of figure 4's epochs stay."""
-    folder = run.location / "checkpoints" / f"epoch-{epoch:04d}"
-    if epoch in EVOLUTION:
-        clear(folder / "optimizer.pt")
-    else:
-        _delete(folder)
 
 
 def _delete(folder: Location) -> None:
@@ -148,6 +162,31 @@ def read(run: Run, name: str) -> Checkpoint:
         )
     except Exception as error:  # torch.load and safetensors raise many kinds for damaged files
         raise _damaged(folder, error) from None
+
+
+def load_model(run: Run, epoch: int) -> Model:
+    """The network as it was at an epoch's end, in eval mode, on the CPU; training may still be under way.
+
+    Its classes are numbers. After the last epoch it has the identity of the run's own model.
+
+    Raises: RunError where there is no such checkpoint, or it is damaged.
+    """
+    folder = run.location / "checkpoints" / epoch_name(epoch)
+    try:
+        architecture = str(json.loads(claim_of(run).read())["architecture"])
+        tensors = load((folder / "weights.safetensors").read())
+        mean = tensors.pop(MEAN)
+        with torch.device("meta"):
+            outputs = models.classes_of(models.build(architecture), tensors)
+        network = models.build(architecture, outputs or models.CLASSES).eval()
+        models.load_tensors(network, tensors)
+        preprocessing = Preprocessing(resize_px=network.resize_px, crop_px=network.input_px, mean=mean)
+    except FileNotFoundError as error:
+        raise RunError(f"there is no checkpoint of epoch {epoch} in {run.location}: {error}") from None
+    except (KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
+        raise _damaged(folder, error) from None
+    model_id = identity(architecture, preprocessing, network.state_dict())
+    return Model(network, architecture, tuple(map(str, range(outputs or 0))), preprocessing, model_id)
 
 
 def _damaged(folder: Location, error: Exception) -> RunError:

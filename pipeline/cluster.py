@@ -11,13 +11,15 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import ray
 import ray.data
+
+from pipeline.progress import say
 
 OBJECT_STORE_BYTES = 512 * 2**20
 """Of a cluster that a job starts for itself: only account rows pass through it."""
@@ -27,6 +29,10 @@ PARTS_AT_ONCE = 2
 
 _MARK = 0.001
 """How much an actor asks of a resource that only marks nodes: a thousand actors find room on each of them."""
+
+_HEAD_LOOK_SECONDS = 5.0
+_HEAD_LOOKS = 3
+"""Without an answer, before the job says that the cluster is gone."""
 
 ELASTIC_SECONDS = 15.0
 """Between two looks for room for more training workers; also how long a group whose nodes are gone is waited for."""
@@ -144,9 +150,43 @@ def connected(address: str | None) -> Iterator[None]:
             f"no Ray cluster answers at {address!r}: {error}; start one or leave --address out"
         ) from None
     try:
-        yield
+        with nullcontext() if address is None else _watched(ray.get_runtime_context().gcs_address):
+            yield
     finally:
         ray.shutdown()
+
+
+@contextmanager
+def _watched(head: str) -> Iterator[None]:
+    """Say so when the head of the cluster answers no more: Ray ends the process after a minute, without a word."""
+    done = threading.Event()
+
+    def watch() -> None:
+        silent = 0
+        while not done.wait(_HEAD_LOOK_SECONDS):
+            silent = 0 if _answers(head) else silent + 1
+            if silent == _HEAD_LOOKS:
+                say(
+                    f"the head of the Ray cluster at {head} does not answer any more: unless it does soon, Ray ends "
+                    "this job within a minute. What is done is kept: start a cluster and give the same command again"
+                )
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+
+
+def _answers(head: str) -> bool:
+    host, _, port = head.rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_HEAD_LOOK_SECONDS).close()
+    except OSError:
+        return False
+    return True
 
 
 def _runtime_env() -> dict[str, Any]:
@@ -229,6 +269,11 @@ def _on_gpus(node: dict[str, float], gpus: float) -> int:
     """How many actors the GPUs of a node hold; a share of a GPU is always of one GPU."""
     there = int(node.get("GPU", 0))
     return there // int(gpus) if gpus >= 1 else there * int(1 / gpus + 1e-6)
+
+
+def groups_at_once(resources: Resources) -> int:
+    """How many jobs of these workers fit on the cluster at once."""
+    return max(1, sum(resources.room(node) for node in nodes()) // resources.num)
 
 
 def _describe(found: list[dict[str, float]]) -> str:

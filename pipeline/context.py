@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from pipeline.cluster import Decoders, Workers
-from pipeline.runs import Model, Run, RunError, require_name
+from pipeline.runs import Model, Run, RunError, require_name, runs_model
 from pipeline.shards import Index, Sample, Skipped
 from pipeline.sources.default import DEFAULT
 from pipeline.storage import Location
@@ -143,10 +143,12 @@ class Context:
         return decided
 
 
-def open_context(options: Options, config: Any, analysis: str, device: str) -> Context:
-    """Load the run's model and the shards' index."""
+def open_context(
+    options: Options, config: Any, analysis: str, device: str, load: Callable[[Run, Any], Model] = runs_model
+) -> Context:
+    """Load a model of the run and the shards' index."""
     run = Run.at(options.run)
-    model = run.load_model()
+    model = load(run, config)
     index = Index.load(options.data, options.index)
     if device == "cuda":
         model.network.to(device)

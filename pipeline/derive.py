@@ -16,7 +16,7 @@ import pyarrow as pa
 
 from pipeline import tables
 from pipeline.progress import say
-from pipeline.runs import Model, Run, RunError, environment, require_name
+from pipeline.runs import Model, Run, RunError, environment, require_name, runs_model
 from zfnet.graph import Graph
 from zfnet.tracing import trace
 
@@ -52,6 +52,8 @@ class Derivation:
 
     table: str
     schema: pa.Schema
+    model: Callable[[Run, Any], Model] = runs_model
+    """Run and configuration -> the network that the table is of."""
     selects: tuple[str, ...] = ("layers",)
     """Fields of the configuration that only choose slices."""
     slices: Callable[[Context], list[str]]
@@ -98,7 +100,7 @@ def run(analysis: Derivation, options: Options, config: Any) -> int:
     """
     started = time.time()
     run_ = Run.at(options.run)
-    model = run_.load_model()
+    model = analysis.model(run_, config)
     size = model.preprocessing.crop_px
     table = analysis.table if options.name is None else f"{analysis.table}-{options.name}"
     context = Context(run_, model, trace(model.network, (3, size, size)), config, table)

@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torchmetrics.classification import MulticlassAccuracy
 
 from pipeline import checkpoints, metrics, tables
-from pipeline.checkpoints import Checkpoint
+from pipeline.checkpoints import MEAN, Checkpoint
 from pipeline.mean import statistics
 from pipeline.runs import Run
 from pipeline.shards import Index, Skipped
@@ -29,7 +29,6 @@ from zfnet.recipe import Recipe
 
 VALIDATION_BATCH = 256
 PROGRESS_SECONDS = 10.0
-_MEAN = "preprocessing.mean"
 _DTYPES = {"float32": torch.float32, "bf16": torch.float32, "float64": torch.float64}
 """Of weights and gradients, by the recipe's precision; bf16 is autocast on top."""
 
@@ -57,9 +56,19 @@ class Plan:
 class Trainer:
     """One worker's part of a training."""
 
-    def __init__(self, plan: Plan, *, rank: int, world: int, device: str, decoders: int, checkpoint_steps: int) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        *,
+        rank: int,
+        world: int,
+        device: str,
+        decoders: int,
+        checkpoint_steps: int,
+        keep_epochs: tuple[int, ...],
+    ) -> None:
         self.plan, self.rank, self.world, self.decoders = plan, rank, world, decoders
-        self.recipe, self.checkpoint_steps = plan.recipe, checkpoint_steps
+        self.recipe, self.checkpoint_steps, self.keep_epochs = plan.recipe, checkpoint_steps, keep_epochs
         self.device, self.dtype = torch.device(device), _DTYPES[plan.recipe.precision]
         self.run_directory = Run.at(plan.run)
         self.images_index = Index.load(plan.data, plan.index)
@@ -128,7 +137,7 @@ class Trainer:
     def _prepare_images(self, found: Checkpoint | None) -> None:
         """Preprocessing with the mean image, and the axes of the colours' shifts."""
         resize_px = self.network.resize_px
-        mean = None if found is None else found.tensors.pop(_MEAN)
+        mean = None if found is None else found.tensors.pop(MEAN)
         self.colours = None
         if mean is None or self.recipe.colour != "none":
             measured = statistics(
@@ -332,7 +341,7 @@ class Trainer:
         if self.rank:
             return
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.network.state_dict().items()}
-        tensors[_MEAN] = self.preprocessing.mean
+        tensors[MEAN] = self.preprocessing.mean
         checkpoint = Checkpoint(
             step=self.step,
             epoch=self.epoch,
@@ -343,7 +352,7 @@ class Trainer:
             seconds=self.earlier_seconds + time.monotonic() - self.started if inside else 0.0,
             skipped=frozenset(self.skipped),
         )
-        checkpoints.write(self.run_directory, checkpoint)
+        checkpoints.write(self.run_directory, checkpoint, self.keep_epochs)
 
     def _finish(self) -> None:
         """Write what could not be read, then the model; run.json is last."""

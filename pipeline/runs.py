@@ -207,6 +207,11 @@ class Run:
         return self.location / "unfinished" / table
 
 
+def runs_model(run: Run, config: Any) -> Model:
+    """The network of most analyses: the run's, whatever the configuration. Raises: RunError where there is none."""
+    return run.load_model()
+
+
 def _refuse_difference(table: Location, name: str, known: dict[str, Any], asked: dict[str, Any]) -> None:
     differing = [field for field in sorted(known | asked) if known.get(field) != asked.get(field)]
     if differing:

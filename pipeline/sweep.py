@@ -43,7 +43,7 @@ def run(analysis: Analysis, options: Options, config: Any) -> int:
     resolved = options.resolved()
     shards_or_default(options.data, options.index)
     options = resolved
-    context = open_context(options, config, analysis.table, "cpu")
+    context = open_context(options, config, analysis.table, "cpu", analysis.model)
     context = replace(context, config=analysis.resolve(context))
     if context.graph.unknown:
         say(f"{context.table}: {context.graph.limits()}")

@@ -20,6 +20,7 @@ from typing import Any, Literal
 import torch
 
 from pipeline import cluster, lease, metrics, tables
+from pipeline.checkpoints import EVOLUTION, claim_of
 from pipeline.cluster import Workers
 from pipeline.errors import FORESEEN, SweepFailed
 from pipeline.loop import Plan, Trainer, describe
@@ -36,17 +37,13 @@ MAX_FAILURES = 3
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options:
-    """What training takes; recipe fields that are not given are those of the network's preset."""
+class Common:
+    """What training takes, of whatever network; recipe fields that are not given are those of the network's preset."""
 
-    run: str = "runs/demo"
-    """Run directory to write: a local path, s3:// or gs://."""
     data: str = DEFAULT
     """Folder of the shards; the default is drawn if it is missing."""
     index: str | None = None
     """Folder of the shards' index, where it is not in the folder of the shards."""
-    architecture: str = "zfnet_small"
-    """Network, by name."""
     preset: Literal["zfnet", "alexnet", "overfeat", "small", "foreign"] | None = None
     """Recipe that the following options change: a paper's, or one for small networks; default the network's own."""
     epochs: int | None = None
@@ -89,6 +86,8 @@ class Options:
     """Processes of each worker that decode images; default its number of CPUs, 0: the worker decodes itself."""
     checkpoint_steps: int = 1000
     """Steps between two checkpoints inside an epoch; each epoch's end has one anyway. It never changes a result."""
+    keep_epochs: tuple[int, ...] = EVOLUTION
+    """Epochs whose weights are kept for jobs/evolution.py, beside the last two; default the paper's of figure 4."""
     min_workers: int | None = None
     """Elastic training: start and go on with as few workers as this, and use up to --workers.num as nodes come."""
     tensorboard: bool = False
@@ -97,8 +96,22 @@ class Options:
     """What the job asks of the cluster."""
 
 
-def run(options: Options) -> int:
+@dataclass(frozen=True, kw_only=True)
+class Options(Common):
+    """What one training takes."""
+
+    run: str = "runs/demo"
+    """Run directory to write: a local path, s3:// or gs://."""
+    architecture: str = "zfnet_small"
+    """Network, by name."""
+
+
+def run(options: Options, label: str = "train") -> int:
     """Train, or go on. Returns the exit status: 0, or 3 above --max-skipped.
+
+    Args:
+        options: what is trained, on what and where.
+        label: what every line begins with that is said.
 
     Raises: RunError, BadShards, StorageError, CannotSchedule, SweepFailed, each with a message for the user.
     """
@@ -106,14 +119,14 @@ def run(options: Options) -> int:
     directory = Run.at(options.run)
     _refuse_places(options, directory)
     if _is_finished(directory, plan):
-        say(f"train: finished already: {directory.location}")
+        say(f"{label}: finished already: {directory.location}")
     else:
         _claim(directory, plan)
-        with lease.held(directory.training / "lease.json", directory.training, "train"):
+        with lease.held(directory.training / "lease.json", directory.training, label):
             if not _is_finished(directory, plan):
-                _train(options, plan, directory)
+                _train(options, plan, directory, label)
     clear(directory.training)
-    return _status(directory, plan, options.max_skipped)
+    return _status(directory, plan, options.max_skipped, label)
 
 
 def _is_finished(directory: Run, plan: Plan) -> bool:
@@ -124,23 +137,23 @@ def _is_finished(directory: Run, plan: Plan) -> bool:
     return True
 
 
-def _train(options: Options, plan: Plan, directory: Run) -> None:
-    say(f"train: {json.dumps(asdict(plan))}")
+def _train(options: Options, plan: Plan, directory: Run, label: str) -> None:
+    say(f"{label}: {json.dumps(asdict(plan))}")
     started = time.time()
     try:
-        _run_workers(options, plan, directory)
+        _run_workers(options, plan, directory, label)
     except FORESEEN:
         if not _is_finished(directory, plan):
             raise
-        say("train: another run of this job finished it meanwhile")
+        say(f"{label}: another run of this job finished it meanwhile")
     if not _is_finished(directory, plan):
-        raise SweepFailed(f"train: ended without a model in {directory.location}; give the same command again")
+        raise SweepFailed(f"{label}: ended without a model in {directory.location}; give the same command again")
     model_id = directory.describe()["model_id"]
-    say(f"train: model {model_id} after {time.time() - started:.1f} s: {directory.location}")
+    say(f"{label}: model {model_id} after {time.time() - started:.1f} s: {directory.location}")
 
 
-def _run_workers(options: Options, plan: Plan, directory: Run) -> None:
-    with _reporting(directory, plan.recipe.epochs, options.tensorboard):
+def _run_workers(options: Options, plan: Plan, directory: Run, label: str) -> None:
+    with _reporting(directory, plan.recipe.epochs, options.tensorboard, label):
         if options.workers.num == 0:
             trainer = Trainer(
                 plan,
@@ -149,6 +162,7 @@ def _run_workers(options: Options, plan: Plan, directory: Run) -> None:
                 device="cpu",
                 decoders=options.decoders or 0,
                 checkpoint_steps=options.checkpoint_steps,
+                keep_epochs=options.keep_epochs,
             )
             trainer.run()
         else:
@@ -220,11 +234,6 @@ def _recipe(options: Options) -> Recipe:
         raise RunError(str(error)) from None
 
 
-def claim_of(directory: Run) -> Location:
-    """The file that says what a run directory is training."""
-    return directory.location / "checkpoints" / "training.json"
-
-
 def _claim(directory: Run, plan: Plan) -> None:
     """Write what this run trains before anything else, or check that it is the same. Raises: RunError, StorageError."""
     claim = claim_of(directory)
@@ -245,7 +254,7 @@ def _refuse_other(directory: Run, known: dict[str, Any], plan: Plan) -> None:
 
 
 @contextmanager
-def _reporting(directory: Run, epochs: int, tensorboard: bool) -> Iterator[None]:
+def _reporting(directory: Run, epochs: int, tensorboard: bool, label: str) -> Iterator[None]:
     """Say each epoch as its metrics appear, and the pace inside one, wherever the workers run."""
     stop = threading.Event()
     said = metrics.read(directory).num_rows
@@ -257,13 +266,13 @@ def _reporting(directory: Run, epochs: int, tensorboard: bool) -> Iterator[None]
             ended = stop.wait(1.0)
             rows = metrics.read(directory, said).to_pylist()
             for row in rows:
-                _say_epoch(row, epochs)
+                _say_epoch(row, epochs, label)
             if rows and tensorboard:
                 metrics.write_tensorboard(directory, rows)
             said += len(rows)
             now = metrics.pace(directory)
             if now and now != pace and not ended:
-                _say_pace(now, epochs)
+                _say_pace(now, epochs, label)
             pace = now
             if ended:
                 return
@@ -277,31 +286,34 @@ def _reporting(directory: Run, epochs: int, tensorboard: bool) -> Iterator[None]
         thread.join()
 
 
-def _say_pace(pace: dict[str, Any], epochs: int) -> None:
+def _say_pace(pace: dict[str, Any], epochs: int, label: str) -> None:
     epoch, step = divmod(pace["step"] - 1, pace["steps"])
     say(
-        f"train: epoch {epoch + 1}/{epochs}, step {step + 1}/{pace['steps']}  "
+        f"{label}: epoch {epoch + 1}/{epochs}, step {step + 1}/{pace['steps']}  "
         f"{pace['images_per_second']:.0f} images/s  waiting {pace['data_wait_share']:.0%}  "
         f"{clock(pace['seconds_left'])} left, validation apart"
     )
 
 
-def _say_epoch(row: dict[str, Any], epochs: int) -> None:
+def _say_epoch(row: dict[str, Any], epochs: int, label: str) -> None:
     left = clock(row["seconds"] * (epochs - row["epoch"]))
     say(
-        f"train: epoch {row['epoch']}/{epochs}  loss {row['train_loss']:.3f}  top-1 {row['validation_top1']:.1%}  "
+        f"{label}: epoch {row['epoch']}/{epochs}  loss {row['train_loss']:.3f}  top-1 {row['validation_top1']:.1%}  "
         f"top-5 {row['validation_top5']:.1%}  {row['images_per_second']:.0f} images/s  "
         f"waiting {row['data_wait_share']:.0%}  {left} left"
     )
+
+
+def least(options: Common) -> Workers:
+    """What a training needs to begin. Elastic: the smallest group; Ray Train adds workers as there is room for them."""
+    return options.workers if options.min_workers is None else replace(options.workers, num=options.min_workers)
 
 
 def _on_ray(options: Options, plan: Plan, directory: Run) -> None:
     """Train on the cluster with Ray Train."""
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
     with cluster.connected(options.address):
-        # Elastic: the smallest group must fit now; Ray Train adds workers as the cluster has room for them.
-        least = options.min_workers
-        resources = cluster.resolve(options.workers if least is None else replace(options.workers, num=least))
+        resources = cluster.resolve(least(options))
         decoders = options.decoders if options.decoders is not None else resources.cpus
         # Decoding takes about as much of a CPU as a small network does; torch's threads would only wait for it.
         config = {
@@ -309,8 +321,9 @@ def _on_ray(options: Options, plan: Plan, directory: Run) -> None:
             "decoders": decoders,
             "threads": max(1, resources.cpus // 2),
             "checkpoint_steps": options.checkpoint_steps,
+            "keep_epochs": options.keep_epochs,
         }
-        most = None if least is None else options.workers.num
+        most = None if options.min_workers is None else options.workers.num
         cluster.fit(_worker, config, resources, MAX_FAILURES, most)
 
 
@@ -327,14 +340,15 @@ def _worker(config: dict[str, Any]) -> None:
         device=device,
         decoders=config["decoders"],
         checkpoint_steps=config["checkpoint_steps"],
+        keep_epochs=config["keep_epochs"],
     )
     trainer.run()
 
 
-def _status(directory: Run, plan: Plan, max_skipped: float) -> int:
+def _status(directory: Run, plan: Plan, max_skipped: float, label: str) -> int:
     """0, or 3 where a larger share of the samples of both splits was skipped than allowed."""
     location = directory.location / "results" / "skipped" / "train.parquet"
     skipped = tables.read(location).num_rows if location.exists() else 0
     if skipped:
-        say(f"train: {skipped} of {plan.samples} samples skipped; see results/skipped/train.parquet")
+        say(f"{label}: {skipped} of {plan.samples} samples skipped; see results/skipped/train.parquet")
     return EXIT_SKIPPED if skipped > max_skipped * plan.samples else 0

@@ -212,7 +212,8 @@ def begin_start(work: Location, session: str, most: int) -> Location:
 def fingerprint(context: Context, analysis: Analysis, slice_: str) -> dict[str, Any]:
     """What decides the content of a slice: configuration, network, images, and the tables it is made of."""
     sources = analysis.sources(context, slice_)
-    return context.decides(analysis.selects) | ({"sources": sources} if sources else {})
+    decided = context.decides(analysis.selects) | {"model_id": analysis.model_id(context, slice_)}
+    return decided | ({"sources": sources} if sources else {})
 
 
 def digest(rows: pa.Table) -> str:

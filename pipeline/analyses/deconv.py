@@ -80,7 +80,7 @@ def resolve(context: Context) -> Config:
     if config.values is not None:
         return config
     finished = _finished(context)
-    forecast = sum(finished[layer]["rows"] * _bytes_of(context, layer) for layer in finished)
+    forecast = sum(finished[layer]["rows"] * bytes_of(context, layer) for layer in finished)
     if forecast >= ASK_ABOVE_BYTES:
         raise RunError(
             f"the projections would take {forecast / 1e9:.1f} GB as float32: choose with --values float32, float16 "
@@ -89,7 +89,7 @@ def resolve(context: Context) -> Config:
     return replace(config, values="float32")
 
 
-def _bytes_of(context: Context, layer: str) -> int:
+def bytes_of(context: Context, layer: str) -> int:
     """Bytes of a projection as float32."""
     size = context.model.preprocessing.crop_px
     _, _, height, width = receptive_field(context.graph, layer).box(0, 0)
@@ -157,15 +157,16 @@ class LayerCells:
     """Key -> rows that lie in that image."""
     maximum: float
 
+    @classmethod
+    def of(cls, rows: pa.Table) -> LayerCells:
+        """The cells of these rows."""
+        of_key = rows.select(["key"]).to_pandas().groupby("key").indices
+        return cls(rows, of_key, pc.max(rows["activation"]).as_py() or 0.0)
+
 
 def setup(context: Context, layers: list[str]) -> dict[str, LayerCells]:
     """Read the cells of each layer."""
-    found = {}
-    for layer in layers:
-        rows = _cells(context, [layer])
-        of_key = rows.select(["key"]).to_pandas().groupby("key").indices
-        found[layer] = LayerCells(rows, of_key, pc.max(rows["activation"]).as_py() or 0.0)
-    return found
+    return {layer: LayerCells.of(_cells(context, [layer])) for layer in layers}
 
 
 def map_batch(context: Context, cells: dict[str, LayerCells], batch: Batch) -> pa.Table:
@@ -255,7 +256,7 @@ def _in_order(context: Context, parts: list[Location], layer: str) -> Iterator[p
     """The layer's rows in order, as many feature maps at a time as fill a row group: memory stays bounded."""
     maps = context.graph[context.graph.activation_of(layer)].shape[0]
     ranks = tables.read(context.run.slice(context.config.top9, layer), ["rank"])["rank"]
-    together = max(1, tables.ROW_GROUP_BYTES // (_bytes_of(context, layer) * max(1, pc.max(ranks).as_py() or 1)))
+    together = max(1, tables.ROW_GROUP_BYTES // (bytes_of(context, layer) * max(1, pc.max(ranks).as_py() or 1)))
     for first in range(0, maps, together):
         wanted = [("layer", "=", layer), ("feature_map", ">=", first), ("feature_map", "<", first + together)]
         rows = pa.concat_tables([tables.read(part, filters=wanted) for part in parts])

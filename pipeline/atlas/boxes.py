@@ -42,8 +42,10 @@ BOXES = (
         sides=("object_top", "object_left", "object_height", "object_width"),
         caption=("object_drop", "elsewhere_drop"),
     ),
+    BoxesOf(table="localization", name="guess", sides=_PLACE, original=True, caption=("class_name", "score")),
+    BoxesOf(table="detection", name="detection", sides=_PLACE, original=True, caption=("class_name", "score")),
 )
-"""Tables of localisation and detection get a line here."""
+"""A line for each table that has boxes."""
 
 
 @dataclass(frozen=True)

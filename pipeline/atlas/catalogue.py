@@ -23,6 +23,8 @@ ABOUT = {
     "deconv": "Projection and patch of every top-9 cell.",
     "pictures": "The whole pictures behind the cells, small.",
     "evolution": "Projections of every feature map's strongest cell at chosen epochs of training.",
+    "evolution_cells": "The strongest cell of every feature map at chosen epochs of training.",
+    "evolution_convergence": "How far every feature map is at chosen epochs from what it becomes.",
     "occlusion": "The three occlusion maps of every chosen image, with its clean prediction.",
     "object_occlusion": "What hiding an image's known object costs, against as much elsewhere.",
     "predictions": "Every image's five most probable classes, and its loss.",
@@ -41,6 +43,9 @@ ABOUT = {
     "transfer_duplicates": "Images that another set holds, too.",
     "multilabel": "Average precision of every class on images of several classes.",
     "retrieval": "The nearest images of every image, by a layer's features.",
+    "dense_maps": "The probability of a class in every window of an image, at several scales.",
+    "localization": "Where an image's class is guessed to be: boxes.",
+    "detection": "What is found in an image, and where: boxes.",
     "skipped": "Samples that could not be read, and why.",
     "account": "Parts, attempts and seconds of every job.",
 }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any
 
@@ -85,4 +85,4 @@ def _strip(number: int, rows: list[dict[str, Any]], tile_px: int, input_px: int)
         for patch, pixels in enumerate(tiles(row, tile_px, input_px)):
             left, top = strip.place(place, patch=bool(patch))
             sheet[top : top + tile_px, left : left + tile_px] = pixels
-    return Strip(**{**vars(strip), "data": webp(Image.fromarray(sheet))})
+    return replace(strip, data=webp(Image.fromarray(sheet)))

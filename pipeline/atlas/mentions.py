@@ -18,8 +18,8 @@ from pipeline.runs import Run
 from pipeline.storage import Location
 
 ROWS_SHOWN = 12
-_SHOWN_ELSEWHERE = {"top9", "feature_maps", "maxima", "deconv", "groups", "duplicates", "evolution", "pictures"}
-_SHOWN_ELSEWHERE |= {"occlusion", "features", "skipped", "account", "metrics"}
+_SHOWN_ELSEWHERE = {"top9", "feature_maps", "maxima", "deconv", "groups", "duplicates", "pictures"}
+_SHOWN_ELSEWHERE |= {"evolution", "evolution_cells", "occlusion", "features", "skipped", "account", "metrics"}
 _LEFT_OUT = {"model_id", "with_model_ids", "data_id", "shard"}
 _IN_BATCHES_OF = 4096
 

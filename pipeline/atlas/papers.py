@@ -48,10 +48,13 @@ def _percent(value: float) -> str:
     return "–" if math.isnan(value) else f"{100 * value:.1f}"
 
 
+_VIEWS = {"centre": "centre crop", "ten": "ten crops", "overfeat": "OverFeat's windows"}
+
+
 def _errors(frame: pd.DataFrame) -> Rows:
     return [
         (
-            f"this run, {row['split']}, {row['views']} crop{'s' * (row['views'] != 'centre')}, {row['images']} images",
+            f"this run, {row['split']}, {_VIEWS.get(row['views'], row['views'])}, {row['images']} images",
             (_percent(row["top1_error"]), _percent(row["top5_error"])),
         )
         for row in frame.to_dict("records")

@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from typing import Any
 from urllib.parse import quote
 
-import numpy as np
 from PIL import Image
 
 from pipeline.atlas import boxes, catalogue, confusion, views
 from pipeline.atlas.boxes import Boxed
 from pipeline.atlas.catalogue import ResultTable
+from pipeline.atlas.heatmaps import heat
 from pipeline.atlas.site import Site
 from pipeline.atlas.sprites import webp
 from pipeline.runs import Run
@@ -21,6 +21,8 @@ from pipeline.storage import Location
 PICTURES_SHOWN = 12
 _THUMBNAIL_PX = 128
 _PICTURES = {"image_png", "patch_png", "picture_jpeg"}
+_GRIDS = {"probability_map", "activation_map"}
+_SHAPES = (("grid_rows", "grid_cols"), ("map_height", "map_width"))
 
 
 def write(site: Site, run: Run, found: Sequence[ResultTable]) -> None:
@@ -39,10 +41,7 @@ def write(site: Site, run: Run, found: Sequence[ResultTable]) -> None:
             confusion=confusion.of(run, table),
             boxed=_boxed(site, run, found, table),
             heads=list(rows[0]) if rows else [],
-            rows=[
-                [_cell(site, table, place, name, value) for name, value in row.items()]
-                for place, row in enumerate(rows)
-            ],
+            rows=[[_cell(site, table, place, name, row) for name in row] for place, row in enumerate(rows)],
         )
 
 
@@ -61,12 +60,25 @@ def pandas_line(run: Location, table: ResultTable) -> str:
     return f"pd.read_parquet({f'{run}/{table.path}'!r})"
 
 
-def _cell(site: Site, table: ResultTable, place: int, name: str, value: Any) -> tuple[str, str | None]:
-    """A value in words, and the path of its picture where it is one."""
-    if name not in _PICTURES or place >= PICTURES_SHOWN or not value.is_valid:
-        return catalogue.in_words(value), None
-    image = Image.open(io.BytesIO(value.as_py())).convert("RGB")
-    image.thumbnail((_THUMBNAIL_PX, _THUMBNAIL_PX))
+def _cell(site: Site, table: ResultTable, place: int, name: str, row: dict[str, Any]) -> tuple[str, str | None]:
+    """A value in words, and the path of its picture where it is one, or a grid of numbers."""
+    value = row[name]
+    shown = _picture(name, row) if place < PICTURES_SHOWN and value.is_valid else None
     path = f"assets/tables/{table.name}-{place}-{name}.webp"
-    site.write(path, webp(Image.fromarray(np.asarray(image))))
-    return catalogue.in_words(value), path
+    if shown is not None:
+        site.write(path, webp(shown))
+    return catalogue.in_words(value), path if shown is not None else None
+
+
+def _picture(name: str, row: dict[str, Any]) -> Image.Image | None:
+    """The picture that a value is, small."""
+    if name in _PICTURES:
+        image = Image.open(io.BytesIO(row[name].as_py())).convert("RGB")
+        image.thumbnail((_THUMBNAIL_PX, _THUMBNAIL_PX))
+        return image
+    shapes = ([row[side].as_py() for side in sides] for sides in _SHAPES if set(sides) <= set(row))
+    if name in _GRIDS and (shape := next(shapes, None)):
+        image = Image.fromarray(heat(row[name].values.to_numpy().reshape(shape)).pixels)
+        enlarged = max(1, _THUMBNAIL_PX // max(shape))
+        return image.resize((image.width * enlarged, image.height * enlarged), Image.Resampling.NEAREST)
+    return None

@@ -47,11 +47,10 @@ class Options:
 def draw(options: Options) -> Location:
     """Write every figure that the run's tables allow, as PNG and PDF, and tables.md. Returns their folder.
 
-    Raises: RunError where the run has no model, or nothing can be drawn; StorageError.
+    Raises: RunError where nothing can be drawn; StorageError.
     """
     started = time.monotonic()
     run = Run.at(options.run)
-    run.describe()
     against = Run.at(options.against) if options.against else None
     source = Source(run, against, options.images, options.seed)
     folder = Location.of(options.out) if options.out else run.location / "figures"

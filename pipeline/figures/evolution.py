@@ -19,7 +19,7 @@ def draw(source: Source) -> Iterator[tuple[str, Figure]]:
     layers = source.layers("evolution")
     input_px = source.run.describe()["preprocessing"]["crop_px"]
     epochs = sorted({row["epoch"] for row in source.rows("evolution", ["epoch"])})
-    figure, axes = sheet(1, len(layers), width=(0.36 * len(epochs) + 0.2) * len(layers), height=0.36 * MAPS + 0.6)
+    figure, axes = sheet(1, len(layers), width=(0.36 * len(epochs) + 0.2) * len(layers), height=0.36 * MAPS + 0.9)
     for axis, layer in zip(axes[0], layers, strict=True):
         rows = source.rows("evolution", ["epoch", "feature_map", *PLACE, *PROJECTION], layer=layer)
         maps = source.chosen((row["feature_map"] for row in rows), MAPS)

@@ -23,9 +23,9 @@ def draw(source: Source) -> Iterator[tuple[str, Figure]]:
     runs = [source.run, *([source.against] if source.against else [])]
     figure, axes = sheet(2, len(runs), width=3.4 * len(runs), height=7)
     for column, run in zip(axes.T, runs, strict=True):
+        layer, pixels = _second_layer(replace(source, run=run))
         name = run.describe()["architecture"]
         picture(column[0], _filters(run), f"{name}: filters of the first layer")
-        layer, pixels = _second_layer(replace(source, run=run))
         picture(column[1], pixels, f"{name}: projections of {layer}")
     yield "figure6", figure
 

@@ -59,6 +59,25 @@ def _evaluated(source: Source, row: Row) -> str:
     return f"{source.run.location.name}, {row['views']} views" + (f", with {others} other networks" if others else "")
 
 
+def _ablation(source: Source) -> str:
+    """The table has the paper's numbers itself, where the images are ImageNet's."""
+    errors = ["train_top1_error", "top1_error", "top5_error"]
+    columns = ["variant", "change", "parameters", *errors, *(f"paper_{name}" for name in errors)]
+    rows = [
+        [
+            f"{row['variant']}: {row['change']}",
+            f"{row['parameters']:,}",
+            *(f"{100 * row[name]:.1f}" + _printed(row[f"paper_{name}"]) for name in errors),
+        ]
+        for row in source.rows("ablation", columns)
+    ]
+    return _table(["network", "parameters", "train top-1", "validation top-1", "validation top-5"], rows)
+
+
+def _printed(error: float) -> str:
+    return "" if math.isnan(error) else f" (paper: {100 * error:.1f})"
+
+
 def _transfer(source: Source) -> str:
     found = source.rows("transfer", ["layer", "classifier", "images_per_class", "accuracy", "spread"])
     counts = sorted({row["images_per_class"] for row in found})
@@ -84,5 +103,6 @@ def _spread(mean: float, spread: float, form: str) -> str:
 TABLES: dict[str, Callable[[Source], str]] = {
     "Table 1: correspondence, mean feature sign change": _correspondence,
     "Table 2: classification errors, in percent": _errors,
+    "Table 3: the network's parts, errors in percent": _ablation,
     "Tables 4, 5 and 7: transfer, accuracy in percent": _transfer,
 }

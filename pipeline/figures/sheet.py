@@ -24,6 +24,7 @@ _STYLE: Any = {
     "font.size": 8,
     "axes.titlesize": 8,
     "axes.labelsize": 8,
+    "figure.labelsize": 8,
     "legend.fontsize": 7,
     "legend.frameon": False,
     "axes.spines.top": False,

@@ -181,6 +181,9 @@ def test_a_wrong_command_line_ends_with_status_2(world, job, arguments, words):
         ("top9", ("--data", "data", "--k", "0"), ("--k is 0", "at least 1")),
         ("top9", ("--data", "data", "--max-skipped", "20"), ("--max-skipped is 20.0", "from 0 to 1")),
         ("deconv", ("--data", "data"), ("run jobs/top9.py first",)),
+        ("evolution", ("--data", "data"), ("no checkpoint of epoch any in", "has none", "train with jobs/train.py")),
+        ("ablation", ("--data", "data", "--variants", "nope"), ("none called 'nope'", "Did you mean", "small, full")),
+        ("ablation", ("--data", "nowhere"), ("no index.json in", "nowhere", "python jobs/shards.py index")),
         ("occlusion", ("--data", "data", "--keys", "nope"), ("no key 'nope'",)),
         ("occlusion", ("--data", "data", "--fill", "300"), ("--fill is 300", "from 0 to 255")),
         ("top9", ("--data", "nosuch://bucket"), ("cannot use 'nosuch://bucket'", "s3:// or gs://")),
@@ -257,6 +260,30 @@ def test_the_wrong_model_for_a_run_is_refused(world, run):
     refused(sweep("deconv", run, world / "data"), "model")
     (run / weights).write_bytes(b"junk")
     refused(sweep("top9", run, world / "data"), "cannot be loaded", "train or import again into another --run")
+
+
+def test_an_ablation_names_the_variant_that_failed_and_keeps_the_others(world, tmp_path):
+    claim = tmp_path / "zfnet_small_no7" / "checkpoints" / "training.json"
+    claim.parent.mkdir(parents=True)
+    claim.write_text('{"seed": 9}')
+    variants = ("--variants", "zfnet_small_no7", "zfnet_small")
+    done = shell.run("ablation", "--run", tmp_path, "--data", world / "data", *variants, *TRAIN)
+    refused(done, "1 of 2 variants failed", "zfnet_small_no7", "holds another training")
+    assert pd.read_parquet(tmp_path / "results" / "ablation").variant.tolist() == ["zfnet_small"]
+    claim.unlink()
+    done = sound(shell.run("ablation", "--run", tmp_path, "--data", world / "data", *variants, *TRAIN))
+    assert "ablation: zfnet_small: finished already" in done.out
+    assert len(pd.read_parquet(tmp_path / "results" / "ablation")) == 2
+
+
+def test_an_evolution_of_a_training_at_the_shell(world, tmp_path):
+    sound(shell.run("train", "--run", tmp_path, "--data", world / "data", *TRAIN, "--keep-epochs", "1"))
+    job = ("evolution", "--run", tmp_path, "--data", world / "data", "--layers", "conv1", *ALONE)
+    done = sound(shell.run(*job))
+    assert "projections, cosine to epoch 2" in done.out
+    found = pd.read_parquet(tmp_path / "results" / "evolution")
+    assert sorted(found.epoch.unique()) == [1, 2]
+    assert sound(shell.run(*job)).out.count("finished already") == 3
 
 
 # --------------------------------------------------------------------------------------------------- unwritable output

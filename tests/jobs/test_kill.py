@@ -224,7 +224,7 @@ KILLS = [(job, ON_NODES) for job in ("top9", "deconv", "occlusion", "evaluate")]
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize(("job", "kills"), KILLS, ids="-".join)
+@pytest.mark.parametrize(("job", "kills"), [pytest.param(*case, id="-".join([case[0], *case[1]])) for case in KILLS])
 def test_a_sweep_survives_any_kills(job, kills, undisturbed, tmp_path, request):
     with cluster_for(kills, request) as nodes:
         survives(SWEEPS[job], drawn(*kills, of=job), undisturbed, tmp_path, nodes)

@@ -261,6 +261,8 @@ def test_a_table_page_has_documented_columns_ranges_and_rows(site: Path) -> None
     assert "1.5, 1.5, 1.5, 1.5, 1.5, 1.5, … (9 in all)" in unknown
     assert HOSTILE in unknown
     assert list((site.parent / "assets" / "tables").glob("pictures-*-picture_jpeg.webp"))
+    grid = Image.open(site.parent / "assets" / "tables" / "occlusion-0-probability_map.webp")
+    assert grid.size == (125, 125)  # 5 x 5 positions, each of 25 pixels
 
 
 def test_the_confusion_matrix_shades_shares_of_rows(site: Path) -> None:

@@ -223,6 +223,15 @@ def test_the_keys_walk_select_and_share_a_selection(visit: Visit) -> None:
     page.wait_for_url("**/maps.html")
 
 
+def test_a_click_on_a_maps_picture_opens_its_page_and_one_on_its_box_selects_it(visit: Visit) -> None:
+    page = visit.open("layers/conv1.html")
+    page.locator("#map-1 .select").click()
+    assert page.url.endswith("#selected=map-1")
+    box = page.locator("#map-1 img").bounding_box()
+    page.mouse.click(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
+    page.wait_for_url("**/maps/conv1/1.html")
+
+
 def test_all_maps_are_found_from_one_page(visit: Visit) -> None:
     page = visit.open("maps.html")
     page.fill("input[type=search]", "conv1 2")

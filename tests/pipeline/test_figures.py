@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from pipeline import sweep, tables
-from pipeline.analyses import correspondence, deconv, evaluation, invariance, occlusion, top9, transfer
+from pipeline.analyses import ablation, correspondence, deconv, evaluation, invariance, occlusion, top9, transfer
 from pipeline.cluster import Workers
 from pipeline.context import Options
 from pipeline.figures import book, filters, markdown, masks, paper, sheet, source, tiles
@@ -159,7 +159,15 @@ def test_figures_of_tables_that_other_data_gives(run, tmp_path):
     points = figure.axes[0].containers[0].lines[0]
     np.testing.assert_array_equal(points.get_xdata(), [1, 5, 30])
     np.testing.assert_array_equal(points.get_ydata(), [25, 50, 75])
+    finish(other, "ablation", "zfnet", ablation.SCHEMA, {
+        "variant": ["zfnet", "mine"], "change": ["as it is", "layer 7 removed"], "parameters": [62357608, 1000],
+        "train_top1_error": [0.3, 0.5], "top1_error": [0.4, 0.5], "top5_error": [0.2, 0.25],
+        "paper_train_top1_error": [0.331, None], "paper_top1_error": [0.384, None], "paper_top5_error": [0.165, None],
+    })  # fmt: skip
     text, missing = markdown.write(shown(other))
+    printed = "30.0 (paper: 33.1) | 40.0 (paper: 38.4) | 20.0 (paper: 16.5)"
+    assert f"| zfnet: as it is | 62,357,608 | {printed} |" in text
+    assert "| mine: layer 7 removed | 1,000 | 50.0 | 50.0 | 25.0 |" in text
     assert "| eye | 0.250 +- 0.125 |" in text
     assert "| svm (conv5) | 25.0 | 50.0 +- 2.0 | 75.0 +- 1.0 |" in text
     assert all(" | ".join(line) in text for line in paper.CORRESPONDENCE)
@@ -200,9 +208,11 @@ def test_all_of_it_is_written_and_the_same_tables_give_the_same_bytes(run, tmp_p
     assert all((tmp_path / "two" / name).read_bytes() == (tmp_path / "one" / name).read_bytes() for name in names)
 
 
-def test_a_run_without_tables_is_refused(make_run):
+def test_a_run_without_tables_is_refused(make_run, tmp_path):
     with pytest.raises(RunError, match="none of the tables that figures are drawn from"):
         book.draw(book.Options(run=str(make_run())))
+    with pytest.raises(RunError, match="none of the tables that figures are drawn from"):
+        book.draw(book.Options(run=str(tmp_path / "nothing")))  # jobs/ablation.py's folder has no model either
     with pytest.raises(RunError, match="--images is 0"):
         book.Options(images=0)
 

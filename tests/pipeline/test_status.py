@@ -3,12 +3,14 @@
 import json
 import os
 from dataclasses import asdict
+from functools import reduce
 
 import pytest
 
 from pipeline import metrics, status, sweep
 from pipeline.errors import SweepFailed
 from pipeline.runs import Run, RunError
+from pipeline.storage import Location
 from tests.jobs import shell
 from tests.pipeline.test_sweep import break_after, run_top9
 
@@ -163,3 +165,22 @@ def test_what_other_work_finished_is_not_left(half_done):
     assert {table.table: table.slices for table in found.finished} == {"top9": 1, "feature_maps": 1, "maxima": 1}
     (work,) = found.unfinished
     assert work.slices == ["conv1", "conv2", "conv3", "conv4"]
+
+
+def test_a_run_in_a_bucket_takes_few_requests(half_done, s3):
+    """Copied there as it is: the same status, but for the times, which are the bucket's; no part is read."""
+    run, _, _ = half_done
+    bucket = Location.of("s3://bucket/run")
+    for path in run.rglob("*"):
+        if path.is_file():
+            reduce(lambda folder, name: folder / name, path.relative_to(run).parts, bucket).write(path.read_bytes())
+    there, here = status.read("s3://bucket/run"), status.read(str(run))
+    assert there.run == "s3://bucket/run"
+    (away,), (local,) = there.unfinished, here.unfinished
+    assert (away.work, away.slices, away.parts, away.parts_done) == (local.work, local.slices, 7, 3)
+    assert 0 <= away.seconds_ago < 60
+    assert there.model_id == here.model_id
+    with s3.recorded() as requests:
+        status.read("s3://bucket/run")
+    assert len(requests) < 20
+    assert not [request for request in requests if request.method == "GET" and "part-" in request.path]

@@ -111,13 +111,14 @@ def test_every_network_runs_at_its_own_size(name) -> None:
 
 
 SUFFIXES = ("no34", "no7", "no67", "no3467", "fc2048", "fc8192", "wide", "wide_fc8192")
+CLAIMS = ("nonorm", "pool2", "half", "tanh", "no1", "no2", "no3", "no4", "no5")
 
 
 def test_names_are_the_papers_networks_and_every_row_of_the_architecture_table() -> None:
     varied = ("zfnet", "zfnet_small", "alexnet", "alexnet_small")
     overfeat = {f"overfeat_{model}{size}" for model in ("fast", "accurate") for size in ("", "_small")}
-    rows = {f"{n}_{s}" for n in varied for s in SUFFIXES}
-    assert set(models.names()) == {*varied, "alexnet_ungrouped", *overfeat, *rows}
+    table = {f"{n}_{s}" for n in varied for s in SUFFIXES} | {f"{n}_{s}" for n in varied[2:] for s in CLAIMS}
+    assert set(models.names()) == {*varied, "alexnet_ungrouped", *overfeat, *table}
 
 
 def parameters(name: str) -> int:
@@ -177,6 +178,75 @@ def alexnet_by_hand(conv=True, wide=False, fc6=4096, fc7=4096) -> int:
 )
 def test_variants_of_alexnet_have_the_parameters_of_their_row(suffix, changed) -> None:
     assert parameters(f"alexnet{suffix}") == alexnet_by_hand(**changed)
+
+
+ALEXNET_BY_HAND = {
+    # weights (kernel^2 x maps in of a group x maps out) and biases of conv1 to conv5; layers above as in Fig. 2
+    "nonorm": (
+        121 * 3 * 96 + 96,
+        25 * 48 * 256 + 256,
+        9 * 256 * 384 + 384,
+        9 * 192 * 384 + 384,
+        9 * 192 * 256 + 256,
+    ),
+    "half": (121 * 3 * 48 + 48, 25 * 48 * 128 + 128, 9 * 128 * 192 + 192, 9 * 192 * 192 + 192, 9 * 192 * 256 + 256),
+    "no1": (25 * 3 * 256 + 256, 9 * 256 * 384 + 384, 9 * 192 * 384 + 384, 9 * 192 * 256 + 256),
+    "no2": (121 * 3 * 96 + 96, 9 * 96 * 384 + 384, 9 * 192 * 384 + 384, 9 * 192 * 256 + 256),
+    "no3": (121 * 3 * 96 + 96, 25 * 48 * 256 + 256, 9 * 128 * 384 + 384, 9 * 192 * 256 + 256),
+    "no4": (121 * 3 * 96 + 96, 25 * 48 * 256 + 256, 9 * 256 * 384 + 384, 9 * 192 * 256 + 256),
+    "no5": (121 * 3 * 96 + 96, 25 * 48 * 256 + 256, 9 * 256 * 384 + 384, 9 * 192 * 384 + 384),
+}
+
+
+@pytest.mark.parametrize("suffix", ALEXNET_BY_HAND)
+def test_alexnets_own_ablations_have_the_parameters_counted_by_hand(suffix) -> None:
+    maps = 384 if suffix == "no5" else 256
+    above = 36 * maps * 4096 + 4096 + 4096 * 4096 + 4096 + 4096 * 1000 + 1000
+    assert parameters(f"alexnet_{suffix}") == sum(ALEXNET_BY_HAND[suffix]) + above
+    if suffix == "nonorm":  # what has no weights changes no count
+        assert {parameters(f"alexnet_{name}") for name in ("pool2", "tanh", "nonorm")} == {parameters("alexnet")}
+
+
+@pytest.mark.parametrize("base", ["alexnet", "alexnet_small"])
+def test_alexnets_own_ablations_leave_all_other_maps_as_they_are(base) -> None:
+    def sides(name: str) -> dict[str, int]:
+        with torch.device("meta"):
+            network = models.build(name, classes=3).eval()
+            found, x = {}, torch.zeros(1, 3, network.input_px, network.input_px)
+            for child, module in network.named_children():
+                x = module(x)
+                found[child] = x.shape[-1]
+        return {child: side for child, side in found.items() if child.startswith(("conv", "pool", "fc"))}
+
+    whole = sides(base)
+    assert sides(f"{base}_pool2") == sides(f"{base}_nonorm") == sides(f"{base}_tanh") == sides(f"{base}_half") == whole
+    for number in range(1, 6):
+        kept = sides(f"{base}_no{number}")
+        assert f"conv{number}" not in kept
+        for child in (f"conv{above}" for above in range(number + 1, 6) if (number, above) != (1, 2)):
+            assert kept[child] == whole[child]
+        last = f"pool{5 if number < 5 else 4}"
+        assert kept[last] == whole["pool5"]
+
+
+def test_alexnets_own_ablations_change_what_they_say() -> None:
+    with torch.device("meta"):
+        names = {
+            suffix: [name for name, _ in models.build(f"alexnet_small_{suffix}").named_children()] for suffix in CLAIMS
+        }
+        pools = [m for m in models.build("alexnet_small_pool2") if isinstance(m, nn.MaxPool2d)]
+        groups = [m.groups for m in models.build("alexnet_small_half") if isinstance(m, nn.Conv2d)]
+    assert names["nonorm"] == [name for name in ALEXNET_CHILDREN if not name.startswith("norm")]
+    assert names["tanh"] == [name.replace("relu", "tanh") for name in ALEXNET_CHILDREN]
+    assert [(pool.kernel_size, pool.stride) for pool in pools] == [(2, 2)] * 3
+    assert groups == [1] * 5
+
+
+def test_a_pool_upon_a_pool_is_one() -> None:
+    x = torch.randn(2, 3, 55, 30)
+    first, second = Pool(), Pool(kernel=2, stride=2)
+    for one, other in ((first, first), (first, second), (second, first)):
+        assert torch.equal(other.module()(one.module()(x)), one.then(other).module()(x))
 
 
 def test_variants_of_the_small_networks_differ_as_those_of_the_large_ones() -> None:

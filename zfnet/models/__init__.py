@@ -26,7 +26,7 @@ from zfnet.models.foreign import (
 )
 from zfnet.models.layers import Architecture, Network
 from zfnet.models.overfeat import NETWORKS as OVERFEAT
-from zfnet.models.variants import variants
+from zfnet.models.variants import CLAIMS, variants
 from zfnet.models.weights import classes_of, load_tensors
 from zfnet.models.zfnet import ZFNET, ZFNET_SMALL
 
@@ -48,9 +48,10 @@ CLASSES = 1000
 """ImageNet's."""
 
 _VARIED = (ZFNET, ZFNET_SMALL, ALEXNET, ALEXNET_SMALL)
+_VARIANTS = [row for base in _VARIED for row in variants(base)]
+_VARIANTS += [row for base in (ALEXNET, ALEXNET_SMALL) for row in variants(base, CLAIMS)]
 _ARCHITECTURES: dict[str, Architecture] = {
-    table.name: table
-    for table in (*_VARIED, ALEXNET_UNGROUPED, *OVERFEAT, *(row for base in _VARIED for row in variants(base)))
+    table.name: table for table in (*_VARIED, ALEXNET_UNGROUPED, *OVERFEAT, *_VARIANTS)
 }
 
 

@@ -41,6 +41,11 @@ class Pool:
         overhangs_into_padding = math.ceil(steps) * self.stride >= side + self.pad
         return math.ceil(steps) + (0 if overhangs_into_padding else 1)
 
+    def then(self, other: Pool) -> Pool:
+        """This pool and another one upon it, as one: a maximum of maxima."""
+        kernel = self.kernel + (other.kernel - 1) * self.stride
+        return Pool(kernel=kernel, stride=self.stride * other.stride, ceil=self.ceil)
+
     def module(self) -> nn.Module:
         """The torch module."""
         return nn.MaxPool2d(self.kernel, self.stride, self.pad, ceil_mode=self.ceil)
@@ -140,6 +145,8 @@ class Architecture:
     sliding: bool = False
     """Layers without maps are `FullyConnected`, so that images may be larger than input_px, and have a score for each
     window; then the largest of each class is given (OverFeat 3.4)."""
+    activation: Literal["relu", "tanh"] = "relu"
+    """What stands wherever the papers have a ReLU: relu1 or tanh1, ..."""
 
 
 class Network(nn.Sequential):
@@ -160,7 +167,7 @@ class Network(nn.Sequential):
     def __init__(self, architecture: Architecture, classes: int) -> None:
         if classes < 1:
             raise ValueError(f"classes is {classes}: a classifier has at least 1; give the number of your labels")
-        super().__init__(OrderedDict(_children(architecture, classes)))
+        super().__init__(OrderedDict(_activated(architecture, _children(architecture, classes))))
         self.architecture = architecture
         self.classes = classes
 
@@ -179,6 +186,15 @@ class Network(nn.Sequential):
         if isinstance(index, slice):
             return nn.Sequential(OrderedDict(list(self.named_children())[index]))
         return super().__getitem__(index)
+
+
+def _activated(architecture: Architecture, children: Children) -> Children:
+    """The children with the architecture's own activation function for every ReLU."""
+    for name, module in children:
+        if isinstance(module, nn.ReLU) and architecture.activation == "tanh":
+            yield name.replace("relu", "tanh"), nn.Tanh()
+        else:
+            yield name, module
 
 
 def _children(architecture: Architecture, classes: int) -> Children:
