@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo install test test-all lint docs clean
+.PHONY: demo install test test-all fuzz lint docs clean
 
 install: .venv/installed
 
@@ -14,6 +14,10 @@ test: .venv/installed-dev lint
 
 test-all: .venv/installed-dev lint
 	$(BIN)/python -m pytest -m "not gpu"
+
+# Ten thousand broken and hostile files; `make test` runs five hundred of them.
+fuzz: .venv/installed-dev
+	ZFNET_FUZZ_CASES=10000 $(BIN)/python -m pytest tests/test_fuzz.py
 
 # The pages that the code writes, then the site, which fails on a link that leads nowhere.
 docs: .venv/installed-dev

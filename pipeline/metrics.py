@@ -13,7 +13,7 @@ import pyarrow as pa
 
 from pipeline import gauges, tables
 from pipeline.runs import Run
-from pipeline.storage import Location
+from pipeline.storage import Location, StorageError
 
 METRICS = tables.schema(
     "metrics",
@@ -113,9 +113,9 @@ def pace_file(run: Run) -> Location:
 
 
 def pace(run: Run) -> dict[str, Any] | None:
-    """What was last written of the pace, or None."""
+    """What was last written of the pace, or None; nothing rests on it, so it may be damaged too."""
     try:
-        found: dict[str, Any] = json.loads(pace_file(run).read())
-        return found
-    except FileNotFoundError:
+        found = pace_file(run).read_json()
+    except (FileNotFoundError, StorageError):
         return None
+    return found if isinstance(found, dict) else None

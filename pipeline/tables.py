@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,7 +19,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from PIL import Image
 
-from pipeline.storage import Location
+from pipeline.storage import Location, StorageError
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -198,13 +199,28 @@ def write_stream(
 
 
 def read(location: Location, columns: list[str] | None = None, filters: Any = None) -> pa.Table:
-    """A Parquet file, or all files of a folder in the order of their names. Raises: FileNotFoundError."""
+    """A Parquet file, or all files of a folder in the order of their names. Raises: FileNotFoundError, StorageError."""
     if not location.exists():
         raise FileNotFoundError(f"there is no table {location}")
-    if location.name.endswith(".parquet") and filters is None:  # without the set-up of a data set: half the time
-        with location.open() as file:
-            return pq.ParquetFile(file).read(columns)
-    return pq.read_table(location.path, columns=columns, filters=filters, filesystem=location.filesystem)
+    with _sound(location):
+        if location.name.endswith(".parquet") and filters is None:  # without the set-up of a data set: half the time
+            with location.open() as file:
+                return pq.ParquetFile(file).read(columns)
+        return pq.read_table(location.path, columns=columns, filters=filters, filesystem=location.filesystem)
+
+
+@contextmanager
+def _sound(location: Location) -> Iterator[None]:
+    """What Parquet finds wrong with a file in the block is said with its name. Raises: StorageError."""
+    try:
+        yield
+    except (FileNotFoundError, StorageError):
+        raise
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise StorageError(
+            f"{location} cannot be read as a table ({str(error).strip()}): bring it back, or delete it and give the "
+            "command that makes it again"
+        ) from None
 
 
 def read_equal(location: Location, columns: list[str], name: str, value: str) -> pa.Table:
@@ -212,7 +228,7 @@ def read_equal(location: Location, columns: list[str], name: str, value: str) ->
 
     The same as `read` with a filter, several times faster for small files.
     """
-    with location.open() as file:
+    with _sound(location), location.open() as file:
         opened = pq.ParquetFile(file)
         place = opened.schema_arrow.get_field_index(name)
         ranges = [opened.metadata.row_group(i).column(place).statistics for i in range(opened.num_row_groups)]
@@ -222,8 +238,11 @@ def read_equal(location: Location, columns: list[str], name: str, value: str) ->
 
 
 def stream(location: Location, columns: list[str], rows: int | None = None) -> Iterator[pa.Table]:
-    """The rows of a Parquet file in order, some thousands or `rows` at a time. Raises: FileNotFoundError."""
-    with location.open() as file:
+    """The rows of a Parquet file in order, some thousands or `rows` at a time.
+
+    Raises: FileNotFoundError, StorageError.
+    """
+    with _sound(location), location.open() as file:
         for batch in pq.ParquetFile(file).iter_batches(rows or _STREAMED_ROWS, columns=columns):
             yield pa.Table.from_batches([batch])
 

@@ -240,7 +240,7 @@ def _claim(directory: Run, plan: Plan) -> None:
     """Write what this run trains before anything else, or check that it is the same. Raises: RunError, StorageError."""
     claim = claim_of(directory)
     if claim.exists():
-        _refuse_other(directory, json.loads(claim.read()), plan)
+        _refuse_other(directory, claim.read_json(), plan)
     claim.write(json.dumps(describe(plan), indent=1).encode(), directory.training)
 
 
