@@ -2,7 +2,9 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-all lint clean
+.PHONY: demo install test test-all fuzz lint docs clean
+
+install: .venv/installed
 
 demo: .venv/installed
 	$(BIN)/python jobs/demo.py
@@ -12,6 +14,18 @@ test: .venv/installed-dev lint
 
 test-all: .venv/installed-dev lint
 	$(BIN)/python -m pytest -m "not gpu"
+
+# Ten thousand broken and hostile files; `make test` runs five hundred of them.
+fuzz: .venv/installed-dev
+	ZFNET_FUZZ_CASES=10000 $(BIN)/python -m pytest tests/test_fuzz.py
+
+# The pages that the code writes, then the site, which fails on a link that leads nowhere.
+docs: .venv/installed-dev
+	$(BIN)/python docs/generate/tables.py
+	$(BIN)/python docs/generate/commands.py
+	$(BIN)/python docs/generate/cookbook.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	@echo "open site/index.html"
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check .
@@ -30,4 +44,4 @@ lint: .venv/installed-dev
 	touch $@
 
 clean:
-	rm -rf .venv runs/demo shards/rendered .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv site runs/demo shards/rendered .pytest_cache .mypy_cache .ruff_cache

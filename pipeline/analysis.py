@@ -100,6 +100,8 @@ class Analysis:
     """How many times a sample goes through the network, altered copies counted, for --plan."""
     expected_rows: Callable[[Context, str, set[str]], int | None] = lambda context, slice_, skipped: None
     """Slice and skipped keys -> how many rows it must have, where that is known beforehand."""
+    then: str = "atlas.py --run {run}"
+    """The job that a user may want next, which may take {data} too."""
 
     def written(self, context: Context) -> tuple[str, ...]:
         """All tables that the fold writes."""

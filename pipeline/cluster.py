@@ -318,7 +318,14 @@ def fit(
             with _interruptible():
                 trainer.fit()
         except TrainingFailedError as error:
-            raise TrainingFailed(str(error)) from None
+            raise TrainingFailed(_words(error)) from None
+
+
+def _words(error: Exception) -> str:
+    """What failed on the workers: an error of ours in its own words, any other with the workers' stacks."""
+    causes = [getattr(cause, "_base_exc", cause) for cause in getattr(error, "worker_failures", {}).values()]
+    ours = [str(cause) for cause in causes if type(cause).__module__.partition(".")[0] in ("pipeline", "zfnet")]
+    return ours[0] if ours else str(error)
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from pipeline import atlas, cluster, derive, metrics, sweep, train
 from pipeline.analyses import deconv, duplicates, evaluation, groups, occlusion, pictures, top9
 from pipeline.context import Options as SweepOptions
 from pipeline.probes import linear_baselines
-from pipeline.progress import say
+from pipeline.progress import say, suggest
 from pipeline.runs import Run
 from pipeline.sources.default import DEFAULT, shards_or_default
 from pipeline.storage import Location
@@ -51,6 +51,7 @@ def run(options: Options) -> int:
     _say_accuracy(options, linear_baselines(index, "zfnet_small"))
     say(f"\ndemo: {time.time() - started:.0f} s. Open {page}, or read the tables:")
     say(f'  pd.read_parquet("{Location.of(options.run)}/results/top9")')
+    suggest("shards.py imagefolder photos --out shards/photos")
     return status
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import pyarrow as pa
 
 from pipeline import tables
-from pipeline.progress import say
+from pipeline.progress import say, suggest
 from pipeline.runs import Model, Run, RunError, environment, require_name, runs_model
 from zfnet.graph import Graph
 from zfnet.tracing import trace
@@ -62,6 +62,8 @@ class Derivation:
     """Table -> the slice's entry in its manifest (see `source`)."""
     make: Callable[[Context, str], Iterator[pa.Table]]
     """Slice -> its rows, so many at a time as memory should hold."""
+    then: str = "atlas.py --run {run}"
+    """The job that a user may want next."""
 
 
 def source(context: Context, table: str, slice_: str) -> dict[str, Any]:
@@ -116,6 +118,7 @@ def run(analysis: Derivation, options: Options, config: Any) -> int:
     run_.unfinished(table).delete()
     done = f"finished in {time.time() - started:.1f} s: " if missing else "finished already, in "
     say(f"{table}: {done}{run_.results(table)}")
+    suggest(analysis.then, run=options.run)
     return 0
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import pickle
+import time
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -14,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import Tensor
 
-from pipeline.progress import say
+from pipeline.progress import say, suggest
 from pipeline.runs import Run, RunError, identity
 from pipeline.storage import Location
 from zfnet import models
@@ -72,6 +73,7 @@ def run(options: Options) -> int:
 
     Raises: RunError, StorageError, Untraceable, each with a message for the user.
     """
+    started = time.monotonic()
     try:
         network, about = _network(options)
         preprocessing = _preprocessing(options)
@@ -90,7 +92,8 @@ def run(options: Options) -> int:
     say(f"import: images: {_describe(preprocessing)}")
     if graph.unknown:
         say(f"import: {graph.limits(shown=None)}")
-    say(f"import: model {model_id}: {directory.location}")
+    say(f"import: model {model_id}, in {time.monotonic() - started:.1f} s: {directory.location}")
+    suggest("top9.py --run {run} --data SHARDS", run=options.run)
     return 0
 
 

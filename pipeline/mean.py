@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 from pipeline.runs import RunError
 from pipeline.shards import Index, Skipped
 from pipeline.storage import Location, StorageError
+from pipeline.stream import processes
 from zfnet import images
 
 _BATCH = 64
@@ -94,7 +95,9 @@ def measure(index: Index, rows: pa.Table, resize_px: int, *, rank: int, world: i
     starts = list(range(0, rows.num_rows, _BATCH))[rank::world]
     totals = _Totals.none(resize_px)
     dataset = _Sums(index, rows, resize_px, starts)
-    for part in DataLoader(dataset, batch_size=None, num_workers=decoders) if starts else ():
+    started = processes(index) if decoders else None
+    loader = DataLoader(dataset, batch_size=None, num_workers=decoders, multiprocessing_context=started)
+    for part in loader if starts else ():
         totals.add(part)
     pixels, products, count = totals.tensors()
     if world > 1:

@@ -13,10 +13,14 @@ import pyarrow as pa
 
 from pipeline import gauges, tables
 from pipeline.runs import Run
-from pipeline.storage import Location
+from pipeline.storage import Location, StorageError
 
-METRICS = pa.schema(
-    [
+METRICS = tables.schema(
+    "metrics",
+    row="an epoch of training",
+    file="epoch",
+    key=("epoch",),
+    columns=[
         tables.column("epoch", pa.int32(), "Epoch, from 1."),
         tables.column("learning_rate", pa.float64(), "Learning rate at the end of the epoch."),
         tables.column("train_samples", pa.int64(), "Images that the epoch trained on."),
@@ -31,7 +35,7 @@ METRICS = pa.schema(
         tables.column("images_per_second", pa.float64(), "Training images a second, all workers together."),
         tables.column("data_wait_share", pa.float64(), "Share of the training time spent waiting for images."),
         tables.column("seconds", pa.float64(), "Seconds of the epoch, validation included."),
-    ]
+    ],
 )
 
 MEANING = {
@@ -109,9 +113,9 @@ def pace_file(run: Run) -> Location:
 
 
 def pace(run: Run) -> dict[str, Any] | None:
-    """What was last written of the pace, or None."""
+    """What was last written of the pace, or None; nothing rests on it, so it may be damaged too."""
     try:
-        found: dict[str, Any] = json.loads(pace_file(run).read())
-        return found
-    except FileNotFoundError:
+        found = pace_file(run).read_json()
+    except (FileNotFoundError, StorageError):
         return None
+    return found if isinstance(found, dict) else None

@@ -1,34 +1,72 @@
-"""What a job says while it works: lines that read well in a terminal and in a log file."""
+"""What a job says: a bar in a terminal while it works, lines in a log, and at its end what a user may want next."""
 
 from __future__ import annotations
 
+import shlex
+import sys
 import time
+from types import TracebackType
+from typing import Any
+
+from tqdm import tqdm
 
 EXIT_SKIPPED = 3
 """Exit status of a job that finished with more samples skipped than --max-skipped allows."""
 
 _EVERY_SECONDS = 5.0
+_suggested: list[str] = []
 
 
 def say(message: str) -> None:
-    """Print a line at once, also into a pipe."""
-    print(message, flush=True)
+    """Print a line at once, also into a pipe; above a bar, where there is one."""
+    tqdm.write(message, file=sys.stdout)
+    sys.stdout.flush()
+
+
+def suggest(command: str, **given: str) -> None:
+    """Keep what a user may want next, "top9.py --run {run}"; what was kept last is printed when the job has ended."""
+    _suggested[:] = ["python jobs/" + command.format(**{name: shlex.quote(value) for name, value in given.items()})]
+
+
+def say_suggestion() -> None:
+    """Print what was kept, where anything was."""
+    for command in _suggested:
+        say(f"next: {command}")
+
+
+def bar(name: str, total: int, unit: str) -> tqdm[Any] | None:
+    """A bar, in a terminal; None in a log, where lines are said instead."""
+    if not sys.stdout.isatty():
+        return None
+    return tqdm(total=total, desc=name, unit=f" {unit}", file=sys.stdout, dynamic_ncols=True)
 
 
 class Progress:
-    """Parts done, rate and time left, at most every few seconds."""
+    """Samples done, rate and time left: a bar, or a line for parts done at most every few seconds."""
 
     def __init__(self, name: str, parts: int, samples: int) -> None:
         self.name, self.parts, self.samples = name, parts, samples
         self.done = self.done_samples = 0
         self.started = self.said = time.monotonic()
+        self.bar = bar(name, samples, "images")
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, stack: TracebackType | None
+    ) -> None:
+        if self.bar is not None:
+            self.bar.close()
 
     def advance(self, samples: int) -> None:
         """One part of this many samples is done."""
         self.done += 1
         self.done_samples += samples
         now = time.monotonic()
-        if now - self.said >= _EVERY_SECONDS or self.done == self.parts:
+        if self.bar is not None:
+            self.bar.update(samples)
+        elif now - self.said >= _EVERY_SECONDS or self.done == self.parts:
             self.said = now
             rate = self.done_samples / max(now - self.started, 1e-9)
             left = (self.samples - self.done_samples) / rate

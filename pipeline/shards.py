@@ -47,15 +47,19 @@ _PLAIN_HEADER = re.compile(
     re.DOTALL,
 )
 
-SAMPLES = pa.schema(
-    [
+SAMPLES = tables.schema(
+    "samples",
+    row="a sample of the shards",
+    file="",
+    key=("split", "key"),
+    columns=[
         tables.column("split", pa.string(), "Split: the shard's file name up to the last '-'."),
         tables.SHARD,
         tables.KEY,
         tables.column("offset", pa.int64(), "Byte at which the sample's first member starts in its shard."),
         tables.column("bytes", pa.int64(), "Bytes from there to the end of its last member."),
         tables.LABEL,
-    ]
+    ],
 )
 
 

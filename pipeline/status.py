@@ -83,7 +83,18 @@ def read(path: str) -> Status:
 
     Raises: RunError where there is no run, StorageError.
     """
-    run, now = Run.at(path), time.time()
+    try:
+        return _read(Run.at(path))
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+        if isinstance(error, RunError):
+            raise
+        raise RunError(
+            f"a file in {path} does not say what it should ({error!r}): bring back what was damaged"
+        ) from None
+
+
+def _read(run: Run) -> Status:
+    now = time.time()
     described = run.describe() if (run.location / "run.json").exists() else {}
     training = None if described else _training(run, now)
     tables = (run.location / "unfinished").names()
@@ -104,7 +115,7 @@ def _training(run: Run, now: float) -> Training | None:
     written = (run.location / "checkpoints").times()
     if "training.json" not in written:
         return None
-    plan = json.loads((run.location / "checkpoints" / "training.json").read())
+    plan = (run.location / "checkpoints" / "training.json").read_json()
     pace = metrics.pace(run) or {}
     return Training(
         epoch=max(checkpoints.finished(run), default=0),
@@ -135,7 +146,7 @@ def _unfinished(run: Run, table: str, now: float) -> list[Unfinished]:
         folder = run.unfinished(table) / name
         if not (folder / "work.json").exists():
             continue
-        work = json.loads((folder / "work.json").read())
+        work = (folder / "work.json").read_json()
         finished = run.manifest(table)
         slices = [
             slice_ for slice_, made in work["slices"].items() if finished.get(slice_, {}).get("fingerprint") != made

@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import io
+import json
 import os
 import shutil
 import tempfile
@@ -119,6 +120,15 @@ class Location:
     def read(self) -> bytes:
         """The whole file. Raises: FileNotFoundError, StorageError after several attempts."""
         return retrying(self, lambda: b"".join(self._chunks()))
+
+    def read_json(self) -> Any:
+        """What the whole file says as JSON. Raises: FileNotFoundError, StorageError where it is damaged."""
+        try:
+            return json.loads(self.read())
+        except ValueError as error:
+            raise StorageError(
+                f"{self} is damaged ({error}): bring it back, or delete it and give the command that wrote it again"
+            ) from None
 
     def read_range(self, start: int, length: int) -> bytes:
         """Bytes of the file, fewer where it ends early. Raises: FileNotFoundError, StorageError."""

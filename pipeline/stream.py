@@ -9,6 +9,7 @@ resume is exact at any W. Augmentation is drawn from (seed, epoch, key).
 from __future__ import annotations
 
 import hashlib
+import multiprocessing
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -168,7 +169,17 @@ def loader(images_: Images, batches: Any, decoders: int) -> DataLoader[Any]:
         collate_fn=_as_is,
         persistent_workers=decoders > 0,
         prefetch_factor=4 if decoders else None,
+        multiprocessing_context=processes(images_.index) if decoders else None,
     )
+
+
+def processes(index: Index) -> Any:
+    """How processes that read these shards are started: an object store's client hangs in a forked process."""
+    if index.folder.local is not None:
+        return None
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["pipeline.stream"])  # torch is imported once, not by each
+    return context
 
 
 def _as_is(examples: Any) -> Any:

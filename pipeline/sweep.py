@@ -23,7 +23,7 @@ from pipeline.cluster import Resources, Stage
 from pipeline.context import Context, Options, open_context
 from pipeline.decoder import Decoder
 from pipeline.errors import FORESEEN, SweepFailed
-from pipeline.progress import EXIT_SKIPPED, Progress, say
+from pipeline.progress import EXIT_SKIPPED, Progress, say, suggest
 from pipeline.shards import Skipped
 from pipeline.sources.default import shards_or_default
 from pipeline.storage import Location
@@ -40,9 +40,8 @@ def run(analysis: Analysis, options: Options, config: Any) -> int:
     Raises: RunError, BadShards, StorageError, CannotSchedule, SweepFailed, each with a message for the user.
     """
     started = time.time()
-    resolved = options.resolved()
-    shards_or_default(options.data, options.index)
-    options = resolved
+    given, options = options, options.resolved()
+    shards_or_default(given.data, given.index)
     context = open_context(options, config, analysis.table, "cpu", analysis.model)
     context = replace(context, config=analysis.resolve(context))
     if context.graph.unknown:
@@ -58,6 +57,7 @@ def run(analysis: Analysis, options: Options, config: Any) -> int:
         say(f"{context.table}: {_listed(list(wanted))} finished already, in {context.run.results(context.table)}")
     if not options.plan:
         clear_finished(context, analysis)
+        suggest(analysis.then, run=given.run, data=given.data)
     return _status(context, list(wanted), options.max_skipped)
 
 
@@ -115,10 +115,10 @@ def _listed(slices: list[str]) -> str:
 def _map(analysis: Analysis, options: Options, work: Work, todo: list[int]) -> None:
     """Send the unfinished parts to actors and wait for all of them."""
     stages = _stages(analysis, options, work)
-    progress = Progress(work.context.table, len(todo), sum(work.parts[number].num_rows for number in todo))
+    samples = sum(work.parts[number].num_rows for number in todo)
     watch = Watch(work, todo, log_parts=options.log_parts)
     given_up = {}
-    with torch_settings_kept():
+    with torch_settings_kept(), Progress(work.context.table, len(todo), samples) as progress:
         for done in cluster.map_parts([{"part": number} for number in todo], *stages):
             watch.advance(done)
             if done["given_up"]:
@@ -227,7 +227,8 @@ def _status(context: Context, slices: list[str], max_skipped: float) -> int:
     manifest = context.run.manifest(context.table)
     lost = {name: sum(manifest[name]["skipped"].values()) / manifest[name]["samples"] for name in slices}
     worst = manifest[max(lost, key=lost.__getitem__)]
-    if skipped := sum(worst["skipped"].values()):
-        why = ", ".join(f"{count} {reason}" for reason, count in worst["skipped"].items())
-        say(f"{context.table}: {skipped} of {worst['samples']} samples skipped ({why}); see results/skipped")
+    skipped = sum(worst["skipped"].values())
+    why = ", ".join(f"{count} {reason}" for reason, count in worst["skipped"].items())
+    about = f" ({why}); see results/skipped" if skipped else ""
+    say(f"{context.table}: {skipped} of {worst['samples']} samples skipped{about}")
     return EXIT_SKIPPED if max(lost.values()) > max_skipped else 0

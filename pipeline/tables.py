@@ -7,15 +7,22 @@ and DuckDB, without this package.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+import io
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from PIL import Image
 
-from pipeline.storage import Location
+from pipeline.storage import Location, StorageError
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 ROW_GROUP_BYTES = 64 * 2**20
 """A row group of a finished table holds at most this many bytes of values."""
@@ -31,6 +38,20 @@ class SchemaError(ValueError):
 def column(name: str, kind: pa.DataType, doc: str, *, nullable: bool = False) -> pa.Field:
     """A documented column: one sentence with its unit."""
     return pa.field(name, kind, nullable=nullable, metadata={"doc": doc})
+
+
+def schema(table: str, *, row: str, file: str, key: tuple[str, ...], columns: list[pa.Field]) -> pa.Schema:
+    """The columns of a table, and in the schema's metadata what docs/tables.md says of it; every file carries both.
+
+    Args:
+        table: name of the table.
+        row: what a row is.
+        file: what has a file of its own: a layer, an epoch; empty where there is one file.
+        key: the columns that name a row within a run.
+        columns: made with `column`, or the shared ones below.
+    """
+    about = {"table": table, "row": row, "file": file, "key": ", ".join(key)}
+    return pa.schema(columns, metadata=about)
 
 
 MODEL_ID = column("model_id", pa.string(), "Identity of the network: hash of weights, architecture, preprocessing.")
@@ -53,18 +74,26 @@ WIDTH = column("width", pa.int32(), "Width of the receptive field in input pixel
 CELL = [LAYER, FEATURE_MAP, RANK, ACTIVATION, KEY, SHARD, LABEL, LABEL_NAME, ROW, COL, TOP, LEFT, HEIGHT, WIDTH]
 """One of a feature map's strongest cells: what top9 and deconv share."""
 
-SKIPPED = pa.schema(
-    [
+SKIPPED = schema(
+    "skipped",
+    row="a sample that could not be read, and why",
+    file="piece of work",
+    key=("table", "shard", "key"),
+    columns=[
         column("table", pa.string(), "Table for which the sample was read."),
         SHARD,
         KEY,
         column("reason", pa.string(), "Short code: bad_image, too_large, truncated, ..."),
         column("detail", pa.string(), "What was found, in words."),
-    ]
+    ],
 )
 
-ACCOUNT = pa.schema(
-    [
+ACCOUNT = schema(
+    "account",
+    row="a part: how often it was started and how long it took",
+    file="piece of work",
+    key=("table", "work", "part"),
+    columns=[
         column("table", pa.string(), "Table that the part is of."),
         column("work", pa.string(), "The work that the part belongs to: hash of slices, configuration and samples."),
         column("part", pa.int32(), "Number of the part, from 0."),
@@ -72,7 +101,7 @@ ACCOUNT = pa.schema(
         column("skipped", pa.int32(), "Samples of the part that could not be read."),
         column("attempts", pa.int32(), "How often the part was started."),
         column("seconds", pa.float64(), "Seconds from its first read to its commit."),
-    ]
+    ],
 )
 
 
@@ -170,13 +199,28 @@ def write_stream(
 
 
 def read(location: Location, columns: list[str] | None = None, filters: Any = None) -> pa.Table:
-    """A Parquet file, or all files of a folder in the order of their names. Raises: FileNotFoundError."""
+    """A Parquet file, or all files of a folder in the order of their names. Raises: FileNotFoundError, StorageError."""
     if not location.exists():
         raise FileNotFoundError(f"there is no table {location}")
-    if location.name.endswith(".parquet") and filters is None:  # without the set-up of a data set: half the time
-        with location.open() as file:
-            return pq.ParquetFile(file).read(columns)
-    return pq.read_table(location.path, columns=columns, filters=filters, filesystem=location.filesystem)
+    with _sound(location):
+        if location.name.endswith(".parquet") and filters is None:  # without the set-up of a data set: half the time
+            with location.open() as file:
+                return pq.ParquetFile(file).read(columns)
+        return pq.read_table(location.path, columns=columns, filters=filters, filesystem=location.filesystem)
+
+
+@contextmanager
+def _sound(location: Location) -> Iterator[None]:
+    """What Parquet finds wrong with a file in the block is said with its name. Raises: StorageError."""
+    try:
+        yield
+    except (FileNotFoundError, StorageError):
+        raise
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise StorageError(
+            f"{location} cannot be read as a table ({str(error).strip()}): bring it back, or delete it and give the "
+            "command that makes it again"
+        ) from None
 
 
 def read_equal(location: Location, columns: list[str], name: str, value: str) -> pa.Table:
@@ -184,7 +228,7 @@ def read_equal(location: Location, columns: list[str], name: str, value: str) ->
 
     The same as `read` with a filter, several times faster for small files.
     """
-    with location.open() as file:
+    with _sound(location), location.open() as file:
         opened = pq.ParquetFile(file)
         place = opened.schema_arrow.get_field_index(name)
         ranges = [opened.metadata.row_group(i).column(place).statistics for i in range(opened.num_row_groups)]
@@ -194,7 +238,100 @@ def read_equal(location: Location, columns: list[str], name: str, value: str) ->
 
 
 def stream(location: Location, columns: list[str], rows: int | None = None) -> Iterator[pa.Table]:
-    """The rows of a Parquet file in order, some thousands or `rows` at a time. Raises: FileNotFoundError."""
-    with location.open() as file:
+    """The rows of a Parquet file in order, some thousands or `rows` at a time.
+
+    Raises: FileNotFoundError, StorageError.
+    """
+    with _sound(location), location.open() as file:
         for batch in pq.ParquetFile(file).iter_batches(rows or _STREAMED_ROWS, columns=columns):
             yield pa.Table.from_batches([batch])
+
+
+def load(run: str | Location, table: str, columns: list[str] | None = None, filters: Any = None) -> pd.DataFrame:
+    """A finished table of a run as a DataFrame: `load("runs/demo", "top9", filters=[("rank", "=", 1)])`.
+
+    The same rows as pd.read_parquet gives, and more kindly: integers that may be null stay integers (pandas' Int32),
+    slices that are not finished are left out, and `frame.attrs` says what each column means.
+
+    Args:
+        run: run directory: a local path, s3:// or gs://.
+        table: its name, with that of --name: top9, top9-mine, metrics, skipped.
+        columns: those to read; default all.
+        filters: as pyarrow.parquet.read_table takes them.
+
+    Raises: FileNotFoundError naming the tables that there are.
+    """
+    place = Location.of(run)
+    files = _finished(place, table)
+    if not files:
+        others = [name for name in ("metrics", *(place / "results").names()) if _finished(place, name)]
+        raise FileNotFoundError(
+            f"there is no finished table {table!r} in {place}, which has {', '.join(others) or 'none'}: run the job "
+            "that makes it (docs/tables.md names it)"
+        )
+    found = pa.concat_tables([read(file, columns, filters) for file in files], promote_options="default")
+    frame: pd.DataFrame = found.to_pandas(integer_object_nulls=True)
+    for field in found.schema:
+        if field.nullable and field.type in _NULLABLE:
+            frame[field.name] = frame[field.name].astype(_NULLABLE[field.type])
+    frame.attrs = {field.name: field.metadata[b"doc"].decode() for field in found.schema}
+    return frame
+
+
+_NULLABLE = {pa.int32(): "Int32", pa.int64(): "Int64", pa.bool_(): "boolean"}
+"""What pandas has for columns that may be null."""
+
+
+def _finished(run: Location, table: str) -> list[Location]:
+    """The files of a table whose manifests are written; all, of tables that have no manifests."""
+    folder = run / "metrics" if table == "metrics" else run / "results" / table
+    names = [name for name in sorted(folder.names()) if name.endswith(".parquet")]
+    if table not in _WITHOUT_MANIFEST:
+        made = set((run / "results" / "manifests" / table).names())
+        names = [name for name in names if name.replace(".parquet", ".json") in made]
+    return [folder / name for name in names]
+
+
+_WITHOUT_MANIFEST = ("metrics", "skipped", "account")
+
+
+def image(row: Mapping[str, Any] | pd.Series, column: str | None = None) -> npt.NDArray[Any]:
+    """The picture in a row, ready to be shown: [height, width, RGB].
+
+    Args:
+        row: of pandas (`frame.iloc[0]`), or a dictionary, as Polars and DuckDB give it.
+        column: one that ends in _png or _jpeg (uint8), or `projection` (float32, the projection's own values, however
+            they are stored); default the row's only picture.
+
+    Raises: KeyError where the row has no such column, or several pictures and none is named.
+    """
+    if column is None:
+        pictures = [str(name) for name in row.keys() if str(name).endswith(("_png", "_jpeg"))]  # noqa: SIM118 (a Series)
+        if len(pictures) != 1:
+            raise KeyError(f"the row has {', '.join(pictures) or 'no picture'}: name one column")
+        (column,) = pictures
+    if column != "projection":
+        return np.asarray(_decoded(row[column]))
+    stored, scale = row["projection"], np.float32(row["projection_scale"])
+    if isinstance(stored, bytes):
+        values = (np.asarray(_decoded(stored), dtype=np.float32) - np.float32(128)) / np.float32(127)
+    else:
+        values = np.asarray(stored, dtype=np.float32).reshape(row["projection_height"], row["projection_width"], 3)
+    largest = np.abs(values).max(initial=0)  # 1 where they are shares of the scale, the scale itself where not
+    return values * (scale / largest) if largest else values
+
+
+def _decoded(data: bytes) -> Image.Image:
+    return Image.open(io.BytesIO(data)).convert("RGB")
+
+
+def grid(row: Mapping[str, Any] | pd.Series, column: str = "probability_map") -> npt.NDArray[Any]:
+    """One of an image's maps over the occluder's positions: [grid_rows, grid_cols].
+
+    Args:
+        row: of the table occlusion, as `image` takes it.
+        column: activation_map, probability_map or class_map.
+
+    Raises: KeyError where the row has no such column.
+    """
+    return np.asarray(row[column]).reshape(row["grid_rows"], row["grid_cols"])

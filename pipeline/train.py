@@ -18,13 +18,14 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal
 
 import torch
+from tqdm import tqdm
 
 from pipeline import cluster, lease, metrics, tables
 from pipeline.checkpoints import EVOLUTION, claim_of
 from pipeline.cluster import Workers
 from pipeline.errors import FORESEEN, SweepFailed
 from pipeline.loop import Plan, Trainer, describe
-from pipeline.progress import EXIT_SKIPPED, clock, say
+from pipeline.progress import EXIT_SKIPPED, bar, clock, say, suggest
 from pipeline.runs import Run, RunError, clear, require_visible
 from pipeline.sources.default import DEFAULT, shards_or_default
 from pipeline.storage import Location
@@ -117,6 +118,7 @@ def run(options: Options, label: str = "train") -> int:
     """
     plan = _plan(options)
     directory = Run.at(options.run)
+    suggest("evaluate.py --run {run} --data {data}", run=options.run, data=options.data)
     _refuse_places(options, directory)
     if _is_finished(directory, plan):
         say(f"{label}: finished already: {directory.location}")
@@ -238,7 +240,7 @@ def _claim(directory: Run, plan: Plan) -> None:
     """Write what this run trains before anything else, or check that it is the same. Raises: RunError, StorageError."""
     claim = claim_of(directory)
     if claim.exists():
-        _refuse_other(directory, json.loads(claim.read()), plan)
+        _refuse_other(directory, claim.read_json(), plan)
     claim.write(json.dumps(describe(plan), indent=1).encode(), directory.training)
 
 
@@ -259,9 +261,10 @@ def _reporting(directory: Run, epochs: int, tensorboard: bool, label: str) -> It
     stop = threading.Event()
     said = metrics.read(directory).num_rows
     pace = metrics.pace(directory)
+    steps: tqdm[Any] | None = None
 
     def report() -> None:
-        nonlocal said, pace
+        nonlocal said, pace, steps
         while True:
             ended = stop.wait(1.0)
             rows = metrics.read(directory, said).to_pylist()
@@ -272,7 +275,8 @@ def _reporting(directory: Run, epochs: int, tensorboard: bool, label: str) -> It
             said += len(rows)
             now = metrics.pace(directory)
             if now and now != pace and not ended:
-                _say_pace(now, epochs, label)
+                steps = bar(label, now["steps"] * epochs, "steps") if steps is None else steps
+                _say_pace(now, epochs, label, steps)
             pace = now
             if ended:
                 return
@@ -284,9 +288,15 @@ def _reporting(directory: Run, epochs: int, tensorboard: bool, label: str) -> It
     finally:
         stop.set()
         thread.join()
+        if steps is not None:
+            steps.close()
 
 
-def _say_pace(pace: dict[str, Any], epochs: int, label: str) -> None:
+def _say_pace(pace: dict[str, Any], epochs: int, label: str, steps: tqdm[Any] | None) -> None:
+    if steps is not None:
+        steps.set_postfix_str(f"{pace['images_per_second']:.0f} images/s, waiting {pace['data_wait_share']:.0%}", False)
+        steps.update(pace["step"] - steps.n)
+        return
     epoch, step = divmod(pace["step"] - 1, pace["steps"])
     say(
         f"{label}: epoch {epoch + 1}/{epochs}, step {step + 1}/{pace['steps']}  "
@@ -349,6 +359,6 @@ def _status(directory: Run, plan: Plan, max_skipped: float, label: str) -> int:
     """0, or 3 where a larger share of the samples of both splits was skipped than allowed."""
     location = directory.location / "results" / "skipped" / "train.parquet"
     skipped = tables.read(location).num_rows if location.exists() else 0
-    if skipped:
-        say(f"{label}: {skipped} of {plan.samples} samples skipped; see results/skipped/train.parquet")
+    about = "; see results/skipped/train.parquet" if skipped else ""
+    say(f"{label}: {skipped} of {plan.samples} samples skipped{about}")
     return EXIT_SKIPPED if skipped > max_skipped * plan.samples else 0

@@ -131,11 +131,11 @@ class Work:
     def given_up(self) -> dict[int, str]:
         """The parts that were given up, and why."""
         folder = self.location / "given_up"
-        return {int(name[5:11]): json.loads((folder / name).read()) for name in folder.names()}
+        return {int(name[5:11]): (folder / name).read_json() for name in folder.names()}
 
     def why_given_up(self, number: int) -> str | None:
         """Why a part was given up; None where it was not."""
-        return json.loads(self._given_up(number).read()) if self._given_up(number).exists() else None
+        return self._given_up(number).read_json() if self._given_up(number).exists() else None
 
     def try_again(self) -> None:
         """Forget which parts were given up."""
@@ -186,7 +186,7 @@ class Work:
         """What was done of each part, and how often it was started."""
         rows = []
         for number, part in enumerate(self.parts):
-            when = json.loads((self.location / "account" / f"part-{number:06d}.json").read())
+            when = (self.location / "account" / f"part-{number:06d}.json").read_json()
             attempts = len(self._attempts(number).names())
             row = {"table": self.context.table, "work": self.location.name, "part": number}
             rows.append({**row, "samples": part.num_rows, "attempts": attempts, **when})
@@ -248,7 +248,7 @@ def _works(context: Context) -> dict[str, dict[str, dict[str, Any]]]:
     """The work on this table that is on storage: name -> slice -> fingerprint."""
     folder = context.run.unfinished(context.table)
     tokens = {name: folder / name / "work.json" for name in folder.names()}
-    return {name: json.loads(token.read())["slices"] if token.exists() else {} for name, token in tokens.items()}
+    return {name: token.read_json()["slices"] if token.exists() else {} for name, token in tokens.items()}
 
 
 def _unfinished(context: Context, tables_: tuple[str, ...], known: dict[str, dict[str, Any]]) -> list[str]:

@@ -184,8 +184,12 @@ def chosen(names: tuple[str, ...]) -> list[Variant]:
     return list(found.values())
 
 
-SCHEMA = pa.schema(
-    [
+SCHEMA = tables.schema(
+    "ablation",
+    row="a variant of a network, trained: parameters, errors and seconds, and the paper's beside them",
+    file="variant",
+    key=("variant",),
+    columns=[
         tables.column("variant", pa.string(), "Name of the variant, and of its run's folder."),
         tables.MODEL_ID,
         tables.column("train_data_id", pa.string(), "Identity of the training images."),
@@ -218,7 +222,7 @@ SCHEMA = pa.schema(
             "paper_top5_cost", pa.float64(), "What the change adds to the top-5 error in the paper.", nullable=True
         ),
         tables.column("paper_says", pa.string(), "What the paper says, where it gives no number.", nullable=True),
-    ]
+    ],
 )
 
 

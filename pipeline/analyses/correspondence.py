@@ -114,8 +114,12 @@ def _share(name: str, doc: str, nullable: bool = False) -> pa.Field:
     return tables.column(name, pa.float64(), doc, nullable=nullable)
 
 
-CORRESPONDENCE = pa.schema(
-    [
+CORRESPONDENCE = tables.schema(
+    "correspondence",
+    row="a layer and a part of faces: how alike masking it changes all images",
+    file="",
+    key=("layer", "part"),
+    columns=[
         tables.MODEL_ID,
         tables.DATA_ID,
         tables.LAYER,
@@ -136,11 +140,15 @@ CORRESPONDENCE = pa.schema(
         ),
         tables.column("mask_px", pa.int32(), "Side of the masks in input pixels."),
         tables.column("fill", pa.string(), "What the masks show."),
-    ]
+    ],
 )
 
-PAIRS = pa.schema(
-    [
+PAIRS = tables.schema(
+    "correspondence_pairs",
+    row="two images under one mask at a layer",
+    file="",
+    key=("layer", "part", "repeat", "key", "other_key"),
+    columns=[
         tables.MODEL_ID,
         tables.DATA_ID,
         tables.LAYER,
@@ -154,13 +162,17 @@ PAIRS = pa.schema(
         ),
         _share("share", "The same, divided by the units."),
         _count("changed", "Units that changed in at least one of the two images."),
-    ]
+    ],
 )
 
 _PLACES = pa.list_(pa.int32())
 
-IMAGES = pa.schema(
-    [
+IMAGES = tables.schema(
+    "correspondence_images",
+    row="an image and its masks",
+    file="",
+    key=("key",),
+    columns=[
         tables.MODEL_ID,
         tables.DATA_ID,
         tables.KEY,
@@ -172,7 +184,7 @@ IMAGES = pa.schema(
         tables.column("mask_lefts", _PLACES, "First column of each mask in input pixels."),
         tables.column("mask_px", pa.int32(), "Side of the masks in input pixels."),
         tables.column("image_png", pa.binary(), "PNG of the network's input pixels, RGB."),
-    ]
+    ],
 )
 
 IMAGE = ("key", "shard", "label", "parts", "mask_tops", "mask_lefts", "image_png")

@@ -58,8 +58,12 @@ class Config:
 
 def schema(config: Config) -> pa.Schema:
     """Columns of the table."""
-    return pa.schema(
-        [
+    return tables.schema(
+        "deconv",
+        row="a cell of top9: its projection down to pixels, its patch, and its box in the original image",
+        file="layer",
+        key=("layer", "feature_map", "rank"),
+        columns=[
             tables.MODEL_ID,
             tables.DATA_ID,
             *tables.CELL,
@@ -70,8 +74,11 @@ def schema(config: Config) -> pa.Schema:
             tables.column("box_height", pa.float32(), "Height of the patch in the original image's pixels."),
             tables.column("box_width", pa.float32(), "Width of the patch in the original image's pixels."),
             *SEMANTICS_COLUMNS,
-        ]
+        ],
     )
+
+
+DECONV = schema(Config())
 
 
 def resolve(context: Context) -> Config:
@@ -266,6 +273,7 @@ def _in_order(context: Context, parts: list[Location], layer: str) -> Iterator[p
 
 ANALYSIS = Analysis(
     table="deconv",
+    then="occlusion.py --run {run} --data {data}",
     tables=("deconv",),
     module=__name__,
     part_schema=schema,

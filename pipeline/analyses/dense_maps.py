@@ -65,8 +65,12 @@ def _in_original(name: str, what: str) -> pa.Field:
     return tables.column(name, pa.float32(), f"{what}, in pixels of the original image.")
 
 
-SCHEMA = pa.schema(
-    [
+SCHEMA = tables.schema(
+    "dense_maps",
+    row="an image at a scale, and a class: its scores and probabilities over all windows",
+    file="",
+    key=("key", "scale", "class"),
+    columns=[
         tables.MODEL_ID,
         tables.DATA_ID,
         tables.KEY,
@@ -92,7 +96,7 @@ SCHEMA = pa.schema(
         tables.column(
             "image_png", pa.binary(), "PNG of the image at this scale, RGB; null where rank is not 1.", nullable=True
         ),
-    ]
+    ],
 )
 
 

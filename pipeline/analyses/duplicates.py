@@ -38,8 +38,12 @@ class Config:
             raise RunError(f"--correlation is {self.correlation}: give a number from -1 to 1")
 
 
-SCHEMA = pa.schema(
-    [
+SCHEMA = tables.schema(
+    "duplicates",
+    row="two feature maps of a layer that answer alike to every image",
+    file="layer",
+    key=("layer", "feature_map", "other_map"),
+    columns=[
         tables.MODEL_ID,
         tables.DATA_ID,
         tables.LAYER,
@@ -47,7 +51,7 @@ SCHEMA = pa.schema(
         tables.column("other_map", pa.int32(), "The other channel of the pair, larger than feature_map."),
         tables.column("correlation", pa.float64(), "Pearson correlation of their strongest activations over images."),
         tables.column("images", pa.int64(), "Images over which they were compared."),
-    ]
+    ],
 )
 
 
@@ -97,4 +101,5 @@ ANALYSIS = Derivation(
     slices=maxima.slices,
     sources=maxima.sources,
     make=make,
+    then="units.py --run {run}",
 )

@@ -80,8 +80,12 @@ _PREDICTED = [
     tables.column("predicted_name", pa.string(), "Its name."),
 ]
 
-PREDICTIONS = pa.schema(
-    [
+PREDICTIONS = tables.schema(
+    "predictions",
+    row="an image: its most probable classes and its loss",
+    file="",
+    key=("key",),
+    columns=[
         *_HOW,
         tables.KEY,
         tables.SHARD,
@@ -92,21 +96,29 @@ PREDICTIONS = pa.schema(
         tables.column("loss", pa.float64(), "Cross-entropy: minus the natural logarithm of the label's probability."),
         tables.column("top5_classes", pa.list_(pa.int32()), "The five most probable classes, or all, best first."),
         tables.column("top5_probabilities", pa.list_(pa.float32()), "Their probabilities."),
-    ]
+    ],
 )
 
-CONFUSION = pa.schema(
-    [
+CONFUSION = tables.schema(
+    "confusion",
+    row="a label and a class that was predicted for it",
+    file="",
+    key=("label", "predicted_class"),
+    columns=[
         *_HOW,
         tables.LABEL,
         tables.LABEL_NAME,
         *_PREDICTED,
         tables.column("images", pa.int64(), "Images of this label for which this class was the most probable."),
-    ]
+    ],
 )
 
-CLASS_ERRORS = pa.schema(
-    [
+CLASS_ERRORS = tables.schema(
+    "class_errors",
+    row="a class and its errors",
+    file="",
+    key=("label",),
+    columns=[
         *_HOW,
         tables.LABEL,
         tables.LABEL_NAME,
@@ -115,11 +127,15 @@ CLASS_ERRORS = pa.schema(
         tables.column("top5_wrong", pa.int64(), "Those whose label is not among the five most probable classes."),
         tables.column("top1_error", pa.float64(), "top1_wrong / images; null without images.", nullable=True),
         tables.column("top5_error", pa.float64(), "top5_wrong / images; null without images.", nullable=True),
-    ]
+    ],
 )
 
-EVALUATION = pa.schema(
-    [
+EVALUATION = tables.schema(
+    "evaluation",
+    row="the errors of all images",
+    file="",
+    key=("split",),
+    columns=[
         *_HOW,
         tables.column("split", pa.string(), "Split of the shards."),
         _IMAGES,
@@ -129,7 +145,7 @@ EVALUATION = pa.schema(
         tables.column("top5_error", pa.float64(), "top5_wrong / images."),
         tables.column("mean_class_accuracy", pa.float64(), "Mean of 1 - top1_error over the classes that have images."),
         tables.column("loss", pa.float64(), "Mean of the images' losses."),
-    ]
+    ],
 )
 
 
@@ -412,6 +428,7 @@ def report(options: Options) -> None:
 
 ANALYSIS = Analysis(
     table="predictions",
+    then="top9.py --run {run} --data {data}",
     tables=("predictions", "confusion", "class_errors", "evaluation"),
     module=__name__,
     part_schema=lambda config: PREDICTIONS,

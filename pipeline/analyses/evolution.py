@@ -83,7 +83,16 @@ _BEFORE = [
 def schema(config: Config) -> pa.Schema:
     """Columns of the table: those of deconv, and the epochs."""
     model, data, *others = deconv_table.schema(config.projections)
-    return pa.schema([model, data, evolution_cells.EPOCH, *_BEFORE, *others])
+    return tables.schema(
+        "evolution",
+        row="a feature map at an epoch of training: its strongest training image then, projected",
+        file="epoch",
+        key=("epoch", "layer", "feature_map"),
+        columns=[model, data, evolution_cells.EPOCH, *_BEFORE, *others],
+    )
+
+
+EVOLUTION = schema(Config())
 
 
 def part_schema(config: Config) -> pa.Schema:

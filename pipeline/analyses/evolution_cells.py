@@ -46,7 +46,13 @@ class Config:
 
 EPOCH = tables.column("epoch", pa.int32(), "Whole epochs that the network was trained for.")
 
-SCHEMA = pa.schema([tables.MODEL_ID, tables.DATA_ID, EPOCH, *tables.CELL])
+SCHEMA = tables.schema(
+    "evolution_cells",
+    row="a feature map at an epoch of training: its strongest cell over the training images",
+    file="epoch",
+    key=("epoch", "layer", "feature_map"),
+    columns=[tables.MODEL_ID, tables.DATA_ID, EPOCH, *tables.CELL],
+)
 
 PART = pa.schema(
     [

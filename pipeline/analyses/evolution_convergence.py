@@ -40,8 +40,12 @@ class Config:
     """Table whose epochs are compared: evolution, or evolution-NAME."""
 
 
-SCHEMA = pa.schema(
-    [
+SCHEMA = tables.schema(
+    "evolution_convergence",
+    row="a feature map at an epoch: how near its filter and projection are to the last epoch's",
+    file="epoch and last epoch",
+    key=("epoch", "reference_epoch", "layer", "feature_map"),
+    columns=[
         tables.MODEL_ID,
         tables.DATA_ID,
         EPOCH,
@@ -68,7 +72,7 @@ SCHEMA = pa.schema(
             "Whether both are of one image; null where either has none.",
             nullable=True,
         ),
-    ]
+    ],
 )
 
 _READ = ["feature_map", "key", "top", "left", "height", "width", "cells"]

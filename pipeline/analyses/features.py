@@ -69,8 +69,12 @@ BOX_LABELS = tables.column(
     nullable=True,
 )
 
-SCHEMA = pa.schema(
-    [
+SCHEMA = tables.schema(
+    "features",
+    row="an image: a layer's activations, pooled or all of them",
+    file="layer and split",
+    key=("layer", "split", "key"),
+    columns=[
         tables.MODEL_ID,
         tables.DATA_ID,
         tables.LAYER,
@@ -87,7 +91,7 @@ SCHEMA = pa.schema(
         tables.column("map_height", pa.int32(), "Rows of a feature map, before pooling."),
         tables.column("map_width", pa.int32(), "Columns of a feature map, before pooling."),
         tables.column("features", pa.list_(pa.float32()), "The activations, after ReLU where one follows."),
-    ]
+    ],
 )
 
 
@@ -296,4 +300,5 @@ ANALYSIS = Analysis(
     reduce_part=reduce_part,
     fold=fold,
     expected_rows=expected_rows,
+    then="retrieval.py --run {run}",
 )

@@ -68,15 +68,19 @@ class Config:
         return [*(["top"] if self.top else []), *sorted(self.quantiles, reverse=True), *["bottom"][: self.bottom]]
 
 
-SCHEMA = pa.schema(
-    [
+SCHEMA = tables.schema(
+    "groups",
+    row="one of the strongest, weakest or middling images of a feature map, of all images or of a class",
+    file="layer",
+    key=("layer", "feature_map", "class", "group", "rank"),
+    columns=[
         tables.MODEL_ID,
         tables.DATA_ID,
         tables.column("class", pa.int32(), "Class among whose images the rank counts; null: all.", nullable=True),
         tables.column("group", pa.string(), "top, bottom, or q and the quantile."),
         tables.column("quantile", pa.float64(), "Of the group; null for top and bottom.", nullable=True),
         *tables.CELL,
-    ]
+    ],
 )
 
 

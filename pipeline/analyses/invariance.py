@@ -91,8 +91,12 @@ class Config:
         _ = self.shown
 
 
-INVARIANCE = pa.schema(
-    [
+INVARIANCE = tables.schema(
+    "invariance",
+    row="an image, moved, enlarged or turned, at a layer: how far its features move",
+    file="",
+    key=("layer", "key", "transform", "amount"),
+    columns=[
         tables.MODEL_ID,
         tables.DATA_ID,
         tables.KEY,
@@ -124,7 +128,7 @@ INVARIANCE = pa.schema(
             nullable=True,
         ),
         tables.column("clean_probability", pa.float32(), "The same of the clean image.", nullable=True),
-    ]
+    ],
 )
 
 

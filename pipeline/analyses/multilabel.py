@@ -50,8 +50,12 @@ class Config:
             )
 
 
-SCHEMA = pa.schema(
-    [
+SCHEMA = tables.schema(
+    "multilabel",
+    row="a class on images of several classes: its average precision",
+    file="layer",
+    key=("layer", "label_name"),
+    columns=[
         tables.MODEL_ID,
         tables.column("data_id", pa.string(), "Identity of the images: those of all splits, joined by '+'."),
         tables.LAYER,
@@ -67,7 +71,7 @@ SCHEMA = pa.schema(
         tables.column("train_images", pa.int32(), "Images that were trained on."),
         tables.column("test_images", pa.int32(), "Images that were tested."),
         tables.column("converged", pa.bool_(), "Whether the solver converged."),
-    ]
+    ],
 )
 
 

@@ -72,8 +72,12 @@ def _or_null(name: str, kind: pa.DataType, doc: str) -> pa.Field:
     return tables.column(name, kind, doc, nullable=True)
 
 
-SCHEMA = pa.schema(
-    [
+SCHEMA = tables.schema(
+    "object_occlusion",
+    row="an image: what hiding its known object costs, against as much elsewhere",
+    file="",
+    key=("key",),
+    columns=[
         tables.MODEL_ID,
         tables.DATA_ID,
         tables.KEY,
@@ -103,7 +107,7 @@ SCHEMA = pa.schema(
         tables.column("outside", pa.int32(), "Squares with their middle beside it."),
         _or_null("inside_drop", pa.float64(), "Mean share of the activity that is lost to a square inside."),
         _or_null("outside_drop", pa.float64(), "The same of a square outside."),
-    ]
+    ],
 )
 
 

@@ -106,8 +106,12 @@ BLUR_SHARE = 10 / 224
 """Sigma of --fill blur, as a share of the input's side."""
 
 
-OCCLUSION = pa.schema(
-    [
+OCCLUSION = tables.schema(
+    "occlusion",
+    row="an image under an occluder: the paper's three maps, and the strongest map's projection",
+    file="",
+    key=("key", "occluder_px", "occluder_width_px"),
+    columns=[
         tables.MODEL_ID,
         tables.DATA_ID,
         tables.KEY,
@@ -161,20 +165,28 @@ OCCLUSION = pa.schema(
         tables.WIDTH,
         *projection_columns("float32"),
         *SEMANTICS_COLUMNS,
-    ]
+    ],
 )
 
-PROBABILITIES = [
-    tables.column(
-        "probabilities", pa.list_(pa.float32()), "Probabilities of all classes: grid_rows x grid_cols x classes."
-    ),
-    tables.column("probabilities_classes", pa.int32(), "Number of classes in probabilities."),
-]
+WITH_PROBABILITIES = pa.schema(
+    [
+        *OCCLUSION,
+        tables.column(
+            "probabilities",
+            pa.list_(pa.float32()),
+            "With --probabilities, those of all classes: grid_rows x grid_cols x classes.",
+        ),
+        tables.column(
+            "probabilities_classes", pa.int32(), "With --probabilities, the number of classes in probabilities."
+        ),
+    ],
+    OCCLUSION.metadata,
+)
 
 
 def schema(config: Config) -> pa.Schema:
     """The table's columns, with the probabilities of all classes where they are asked for."""
-    return pa.schema([*OCCLUSION, *PROBABILITIES]) if config.probabilities else OCCLUSION
+    return WITH_PROBABILITIES if config.probabilities else OCCLUSION
 
 
 def slices(context: Context) -> list[str]:
@@ -358,4 +370,5 @@ ANALYSIS = Analysis(
     forwards=lambda context: 1 + sum(grid.rows * grid.cols for grid in grids_of(context)),
     expected_rows=expected_rows,
     selects=(),
+    then="pictures.py --run {run} --data {data}",
 )

@@ -47,8 +47,12 @@ class Config:
 
 _SLICE = tables.column("slice", pa.string(), "Slice of that table, whose images they are: a layer, an epoch, a split.")
 
-PICTURES = pa.schema(
-    [
+PICTURES = tables.schema(
+    "pictures",
+    row="an image that another table names: the network's whole input, small",
+    file="slice of that table",
+    key=("slice", "key"),
+    columns=[
         tables.MODEL_ID,
         tables.DATA_ID,
         _SLICE,
@@ -63,7 +67,7 @@ PICTURES = pa.schema(
         tables.column("box_left", pa.float32(), "First column of the input in the original image's pixels."),
         tables.column("box_height", pa.float32(), "Height of the input in the original image's pixels."),
         tables.column("box_width", pa.float32(), "Width of the input in the original image's pixels."),
-    ]
+    ],
 )
 PART_SCHEMA = PICTURES.remove(PICTURES.get_field_index("slice"))
 

@@ -44,8 +44,12 @@ class Config:
         require_at_least_one(self, "k")
 
 
-SCHEMA = pa.schema(
-    [
+SCHEMA = tables.schema(
+    "retrieval",
+    row="one of the nearest images of an image, and how far it is",
+    file="layer",
+    key=("layer", "split", "key", "rank"),
+    columns=[
         tables.MODEL_ID,
         tables.DATA_ID,
         tables.LAYER,
@@ -65,7 +69,7 @@ SCHEMA = pa.schema(
         tables.column(
             "same_class", pa.bool_(), "Whether both have the same class; null where one has none.", nullable=True
         ),
-    ]
+    ],
 )
 
 Ints = npt.NDArray[np.int64]

@@ -78,8 +78,12 @@ class Config:
             raise RunError(f"--grey is {self.grey}: give a grey from 0 to 255")
 
 
-SCHEMA = pa.schema(
-    [
+SCHEMA = tables.schema(
+    "sanity",
+    row="a projected cell with so many layers random, and its patch run forward again",
+    file="layer",
+    key=("layer", "feature_map", "rank", "stage"),
+    columns=[
         tables.MODEL_ID,
         tables.DATA_ID,
         *tables.CELL,
@@ -95,7 +99,7 @@ SCHEMA = pa.schema(
         tables.column("spearman_signed", pa.float64(), "The same of its values as they are.", nullable=True),
         tables.column("again", pa.float32(), "Stage 0: the activation of the patch alone.", nullable=True),
         tables.column("relative_error", pa.float64(), "Stage 0: |again - activation| / activation.", nullable=True),
-    ]
+    ],
 )
 
 

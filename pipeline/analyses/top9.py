@@ -55,10 +55,20 @@ class Config:
         require_at_least_one(self, "k", "part_size", "batch_size")
 
 
-TOP9 = pa.schema([tables.MODEL_ID, tables.DATA_ID, *tables.CELL])
+TOP9 = tables.schema(
+    "top9",
+    row="one of the strongest images of a feature map, and the cell that it excites most",
+    file="layer",
+    key=("layer", "feature_map", "rank"),
+    columns=[tables.MODEL_ID, tables.DATA_ID, *tables.CELL],
+)
 
-FEATURE_MAPS = pa.schema(
-    [
+FEATURE_MAPS = tables.schema(
+    "feature_maps",
+    row="a feature map: its activity over all images",
+    file="layer",
+    key=("layer", "feature_map"),
+    columns=[
         tables.MODEL_ID,
         tables.DATA_ID,
         tables.LAYER,
@@ -79,11 +89,15 @@ FEATURE_MAPS = pa.schema(
         ),
         tables.column("histogram", pa.list_(pa.int64()), "Images by their strongest activation, where above zero."),
         tables.column("histogram_edges", pa.list_(pa.float32()), "Edges of the histogram's bins, one more than bins."),
-    ]
+    ],
 )
 
-MAXIMA = pa.schema(
-    [
+MAXIMA = tables.schema(
+    "maxima",
+    row="an image: the strongest activation of every feature map, and its cell",
+    file="layer",
+    key=("layer", "key"),
+    columns=[
         tables.MODEL_ID,
         tables.DATA_ID,
         tables.LAYER,
@@ -95,7 +109,7 @@ MAXIMA = pa.schema(
         tables.column("cells", pa.list_(pa.int32()), "Cell that holds it, first of equals: row * map_width + col."),
         tables.column("map_height", pa.int32(), "Rows of a feature map."),
         tables.column("map_width", pa.int32(), "Columns of a feature map."),
-    ]
+    ],
 )
 
 _INTS = pa.list_(pa.int64())
@@ -352,4 +366,5 @@ ANALYSIS = Analysis(
     map_batch=map_batch,
     reduce_part=reduce_part,
     fold=fold,
+    then="deconv.py --run {run} --data {data}",
 )

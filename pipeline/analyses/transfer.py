@@ -68,8 +68,12 @@ class Config:
 
 _DOUBLES = pa.list_(pa.float64())
 
-SCHEMA = pa.schema(
-    [
+SCHEMA = tables.schema(
+    "transfer",
+    row="a new classifier on a layer's features, trained on so many images a class",
+    file="layer",
+    key=("layer", "classifier", "images_per_class"),
+    columns=[
         tables.MODEL_ID,
         tables.column("data_id", pa.string(), "Identity of the images: those of the splits, joined by '+'."),
         tables.LAYER,
@@ -87,7 +91,7 @@ SCHEMA = pa.schema(
         tables.column("test_images", pa.int32(), "Images that were tested in each fold."),
         tables.column("duplicates", pa.int32(), "Images that were left out because another set holds them."),
         tables.column("c", pa.float64(), "Weight of the losses against the penalty."),
-    ]
+    ],
 )
 
 

@@ -47,8 +47,12 @@ class Config:
             raise RunError(f"--correlation is {self.correlation}: give a number from -1 to 1")
 
 
-SCHEMA = pa.schema(
-    [
+SCHEMA = tables.schema(
+    "transfer_duplicates",
+    row="an image that another set, or the same one, holds too",
+    file="layer",
+    key=("layer", "split", "key"),
+    columns=[
         tables.MODEL_ID,
         tables.DATA_ID,
         tables.LAYER,
@@ -62,7 +66,7 @@ SCHEMA = pa.schema(
         tables.column("other_split", pa.string(), "Split of the other image."),
         tables.column("other_key", pa.string(), "Key of the other image: of several the most alike."),
         tables.column("other_label_name", pa.string(), "Name of its class; null where unknown.", nullable=True),
-    ]
+    ],
 )
 
 _DIGITS = 12

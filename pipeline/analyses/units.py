@@ -63,8 +63,12 @@ def _share(name: str, doc: str) -> pa.Field:
     return tables.column(name, pa.float64(), doc, nullable=True)
 
 
-SCHEMA = pa.schema(
-    [
+SCHEMA = tables.schema(
+    "units",
+    row="a feature map: its faults, its filter and its classes",
+    file="layer",
+    key=("layer", "feature_map"),
+    columns=[
         tables.MODEL_ID,
         tables.DATA_ID,
         tables.LAYER,
@@ -87,7 +91,7 @@ SCHEMA = pa.schema(
         _share("aliased_share", "Share of what it is made of that the first stride aliases; null above the second."),
         tables.column("labelled", pa.int32(), "Entries of its top-9 that have a class."),
         _share("class_entropy", "Entropy of the classes of its top-9: 0 one class, 1 spread evenly; null below 2."),
-    ]
+    ],
 )
 
 

@@ -45,8 +45,12 @@ class Config:
     """Table to compare, in both runs: units, or units-NAME."""
 
 
-SCHEMA = pa.schema(
-    [
+SCHEMA = tables.schema(
+    "units_comparison",
+    row="a layer and measure, of this run and of another",
+    file="other run",
+    key=("layer", "other_model_id", "measure"),
+    columns=[
         tables.MODEL_ID,
         tables.LAYER,
         tables.column("other_model_id", pa.string(), "Identity of the other network."),
@@ -57,7 +61,7 @@ SCHEMA = pa.schema(
         tables.column("measure", pa.string(), f"One of {', '.join(MEASURES)}: means over maps of the table units."),
         tables.column("value", pa.float64(), "Share from 0 to 1; null where no map has it.", nullable=True),
         tables.column("other_value", pa.float64(), "The same of the other network.", nullable=True),
-    ]
+    ],
 )
 
 

@@ -17,6 +17,7 @@ from pipeline.atlas.site import number
 from pipeline.runs import Run
 
 IMAGES_SHOWN = 24
+_LOOKED_AT = 1000
 _PLACE = ("box_top", "box_left", "box_height", "box_width")
 
 
@@ -96,11 +97,11 @@ def on_images(run: Run, found: Sequence[ResultTable], keys: Sequence[str]) -> di
 
 
 def gallery(run: Run, found: Sequence[ResultTable], table: ResultTable) -> list[Boxed]:
-    """The first images of a table with boxes, where there are pictures of them."""
+    """Of the first images of a table with boxes, those of which there are pictures."""
     if not any(known.table == table.kind for known in BOXES):
         return []
     frame = views.read(run, table, ["key"])
-    keys = [] if frame is None else list(dict.fromkeys(frame["key"]))
+    keys = [] if frame is None else list(dict.fromkeys(frame["key"]))[:_LOOKED_AT]
     pictures = _pictures(run, found, keys)
     shown = [key for key in keys if key in pictures][:IMAGES_SHOWN]
     boxes = _boxes(run, table, shown, pictures)

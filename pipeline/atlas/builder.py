@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from typing import Any
 
 from pipeline.atlas import catalogue, comparison, history, images, layers, overview, results
 from pipeline.atlas.pages import Link
@@ -47,7 +48,7 @@ def build(run: Run, options: Options) -> Location:
     Raises: RunError where the run has no model, or a table that its manifest lists is not there; StorageError.
     """
     started = time.monotonic()
-    facts = run.describe()
+    facts = _facts(run)
     if options.against is not None:
         Run.at(options.against).describe()  # refused before any work
     sources = Sources(run=run, top9=options.top9, deconv=options.deconv, occlusion=options.occlusion)
@@ -64,6 +65,13 @@ def build(run: Run, options: Options) -> Location:
     site.prune()
     say(f"atlas: finished in {time.monotonic() - started:.1f} s: {index}")
     return index
+
+
+def _facts(run: Run) -> dict[str, Any]:
+    """run.json; or of a folder that has tables and no network, as an ablation has, that there is none."""
+    if (run.location / "run.json").exists() or not (run.location / "results" / "manifests").names():
+        return run.describe()
+    return {"architecture": None, "classes": [], "model_id": None, "preprocessing": {}, "versions": {}}
 
 
 def _links(sources: Sources, options: Options) -> list[Link]:

@@ -35,6 +35,7 @@ ABOUT = {
     "correspondence": "Whether masking the same part of an object changes the features of all images alike.",
     "correspondence_pairs": "The pairs of images behind correspondence.",
     "correspondence_images": "The images behind correspondence, with their masks.",
+    "ablation": "Networks of which a part is removed or changed, each trained alike: what it costs.",
     "units": "Every feature map's condition: dead, double, dominant, its frequencies and classes.",
     "units_comparison": "Measures of this network's feature maps beside another's.",
     "sanity": "Projections with layers made random, and patches run forward again.",
@@ -108,8 +109,8 @@ class Column:
     highest: str | None
 
 
-def find(run: Run, model_id: str) -> list[ResultTable]:
-    """Every table of the run, with the metrics of training first."""
+def find(run: Run, model_id: str | None) -> list[ResultTable]:
+    """Every table of the run, with the metrics of training first; `model_id` is of its network, where it has one."""
     found = [_folder(run, "metrics", "metrics")] if (run.location / "metrics").names() else []
     folder = run.location / "results"
     for name in (folder / "manifests").names():
@@ -126,7 +127,7 @@ def _folder(run: Run, name: str, path: str) -> ResultTable:
     return ResultTable(name, path, tuple(file for file in files if file.path.endswith(".parquet")))
 
 
-def _finished(run: Run, name: str, model_id: str) -> ResultTable:
+def _finished(run: Run, name: str, model_id: str | None) -> ResultTable:
     slices = run.manifest(name)
     path = f"results/{name}"
     # Slices made by one call share its samples, so the worst slice speaks for all.
@@ -139,7 +140,8 @@ def _finished(run: Run, name: str, model_id: str) -> ResultTable:
         rows=sum(entry["rows"] for entry in slices.values()),
         samples=worst.get("samples"),
         skipped=sum(worst.get("skipped", {}).values()),
-        foreign=any(entry.get("fingerprint", {}).get("model_id", model_id) != model_id for entry in slices.values()),
+        foreign=model_id is not None
+        and any(entry.get("fingerprint", {}).get("model_id", model_id) != model_id for entry in slices.values()),
     )
 
 

@@ -117,6 +117,15 @@ VIEWS: dict[str, tuple[View, ...]] = {
         ),
         Spread(title="Maps by share of active images", value="active_share", by="layer"),
     ),
+    "ablation": (
+        Means(title="Error", by="variant", values=("train_top1_error", "top1_error", "top5_error"), percent=True),
+        Means(title="Parameters", by="variant", values=("parameters",)),
+    ),
+    "evolution_convergence": (
+        Curves(title="Filters: cosine with their last", x="epoch", y="filter_cosine", by=("layer",)),
+        Curves(title="Projections: cosine with their last", x="epoch", y="projection_cosine", by=("layer",)),
+        Curves(title="Maps whose image is the last already", x="epoch", y="same_image", by=("layer",), percent=True),
+    ),
     "duplicates": (Spread(title="Pairs by correlation", value="correlation", by="layer"),),
     "units": (
         Means(

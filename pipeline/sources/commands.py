@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -9,11 +10,12 @@ from typing import Annotated
 import tyro
 
 from pipeline import shards
-from pipeline.progress import say
+from pipeline.progress import say, suggest
 from pipeline.shards import BadShards
 from pipeline.sources import ilsvrc2012, imagefolder, rendered, torchvision
 from pipeline.sources.default import DEFAULT
 from pipeline.sources.writer import Source, write_shards
+from pipeline.storage import Location
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,6 +102,7 @@ class Index:
 
 def run(command: Writing | Index) -> int:
     """Carry the command out, and say what there is now."""
+    started = time.monotonic()
     if isinstance(command, Index):
         made = shards.index_shards(
             list(command.shards), command.out, classes=command.classes, accept_damaged=command.accept_damaged
@@ -109,7 +112,9 @@ def run(command: Writing | Index) -> int:
         source, out = _source(command)
         made = write_shards(source, out, seed=command.seed, samples_per_shard=command.samples_per_shard)
     counts = ", ".join(f"{number} {split}" for split, number in made.splits.items())
-    say(f"shards: {counts} images, {len(made.classes)} classes: {out}")
+    say(f"shards: {counts} images, {len(made.classes)} classes, in {time.monotonic() - started:.1f} s: {out}")
+    if len(made.classes) > 1 and {"train", "val"} <= set(made.splits):
+        suggest("train.py --run {run} --data {data}", run=f"runs/{Location.of(out).name}", data=out)
     return 0
 
 

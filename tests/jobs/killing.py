@@ -25,7 +25,7 @@ GONE_SECONDS = 60.0
 # --------------------------------------------------------------------------------------------------------- processes
 
 
-def alive(mark: str, *, agents: bool = False) -> list[int]:
+def alive(mark: str) -> list[int]:
     """Processes of a job that could still write: they inherit its environment.
 
     Ray's two agents idle for another minute, telling a head that is gone of its end; they touch nothing.
@@ -36,7 +36,7 @@ def alive(mark: str, *, agents: bool = False) -> list[int]:
             ours = mark.encode() in Path(f"/proc/{pid}/environ").read_bytes()
         except OSError:
             continue
-        if ours and (agents or b"Agent" not in name):
+        if ours and b"Agent" not in name:
             found.append(pid)
     return found
 
@@ -65,16 +65,40 @@ def below(root: int) -> dict[int, bytes]:
 
 
 def _parent(pid: int) -> int:
+    return int(_stat(pid)[1])
+
+
+def _stat(pid: int) -> list[str]:
+    """From the state on, as proc(5) has it: state, parent, ..., the time of the start at 19."""
     try:
-        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
-        return 0
+        return ["Z", "0", *[""] * 18]
 
 
-def wait_until_gone(mark: str, within: float = GONE_SECONDS, *, agents: bool = False) -> float:
+def family(root: int) -> dict[int, str]:
+    """All processes that come from this one, and when they began: a number may come again."""
+    return {pid: _stat(pid)[19] for pid in below(root)}
+
+
+def survivors(known: dict[int, str]) -> list[int]:
+    """Those of a family that are still there; a dead one whose parent has not looked is not."""
+    found = {pid: _stat(pid) for pid in known}
+    return [pid for pid, stat in found.items() if stat[0] != "Z" and stat[19] == known[pid]]
+
+
+def called(pid: int) -> bytes:
+    """What a process calls itself; one that is gone does as little as an agent."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return b"Agent"
+
+
+def wait_until_gone(mark: str, within: float = GONE_SECONDS) -> float:
     """Seconds until no process of a job is there any more."""
     began = time.monotonic()
-    while alive(mark, agents=agents):
+    while alive(mark):
         assert time.monotonic() - began < within, f"processes of a killed job are still there after {within:g} s"
         time.sleep(0.05)
     return time.monotonic() - began

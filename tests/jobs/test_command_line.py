@@ -1,6 +1,5 @@
-"""Every job at the shell: its help, its exit statuses, and a message instead of a stack for everything foreseen."""
+"""Every job at the shell: its exit statuses, and a message instead of a stack for everything foreseen."""
 
-import ast
 import json
 import os
 import shutil
@@ -26,7 +25,6 @@ from tests.pipeline.exact import assert_same
 from tests.tars import offsets, write_tar
 from zfnet.images import Preprocessing
 
-JOBS = sorted(path.stem for path in (ROOT / "jobs").glob("*.py") if path.stem != "__init__")
 ALONE = ("--workers.num", "0")
 SWEEPS = {
     "top9": ("--part-size", "1", "--batch-size", "2", "--layers", "conv1", "conv2"),
@@ -99,44 +97,6 @@ def refused(done: Done, *words: str) -> None:
     places = [message.find(word) for word in words]
     assert places == sorted(places), message
     assert -1 not in places, message
-
-
-# ---------------------------------------------------------------------------------------------------------------- help
-
-
-@pytest.fixture(scope="module")
-def helps() -> dict[str, str]:
-    """What --help of each job prints."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("COLUMNS", "200")
-        return {job: sound(shell.run(job, "--help")).out for job in JOBS}
-
-
-def test_a_job_finds_the_project_from_any_folder(tmp_path):
-    job = [sys.executable, str(ROOT / "jobs" / "top9.py"), "--help"]
-    done = subprocess.run(job, cwd=tmp_path, check=False, capture_output=True, text=True, timeout=60)
-    assert (done.returncode, done.stderr) == (0, "")
-    assert " ".join(docstring("top9")[0].split()) in " ".join(done.stdout.split())
-
-
-def docstring(job: str) -> list[str]:
-    text = ast.get_docstring(ast.parse((ROOT / "jobs" / f"{job}.py").read_text()))
-    return [line for line in (text or "").splitlines() if line]
-
-
-@pytest.mark.parametrize("job", JOBS)
-def test_help_says_what_the_job_is_for_and_how_it_is_called(helps, job):
-    text = " ".join(helps[job].split())
-    assert len(docstring(job)) >= 2
-    for line in docstring(job):
-        assert line in text
-
-
-@pytest.mark.parametrize("job", ["deconv", "occlusion", "shards", "top9", "train"])
-def test_help_has_each_command_on_a_line_of_its_own(helps, job):
-    lines = [line.strip() for line in helps[job].splitlines()]
-    for line in docstring(job):
-        assert line in lines
 
 
 # ---------------------------------------------------------------------------------------------- the wrong command line

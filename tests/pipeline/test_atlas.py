@@ -22,9 +22,11 @@ from PIL import Image
 
 from pipeline import metrics, tables
 from pipeline.analyses import (
+    ablation,
     correspondence,
     duplicates,
     evaluation,
+    evolution_convergence,
     invariance,
     multilabel,
     object_occlusion,
@@ -43,9 +45,11 @@ from pipeline.atlas.records import Sources
 from pipeline.projections import relative
 from pipeline.runs import Run, RunError, file_stem
 from pipeline.storage import Location
-from tests.pipeline.synthetic import HOSTILE, LAYERS, SIDE, finish, make_run, picture_rows, write_layer
+from tests.pipeline.synthetic import HOSTILE, LAYERS, SIDE, filled, finish, make_run, picture_rows, write_layer
 
 SCHEMAS = {
+    "ablation": ablation.SCHEMA,
+    "evolution_convergence": evolution_convergence.SCHEMA,
     "metrics": metrics.METRICS,
     "feature_maps": top9.FEATURE_MAPS,
     "duplicates": duplicates.SCHEMA,
@@ -356,6 +360,22 @@ def test_an_empty_run_has_a_page_and_one_without_a_model_is_refused(tmp_path: Pa
     assert "no training metrics" in read(index, "run.html").text
     with pytest.raises(RunError, match="no trained model"):
         build(Run.at(str(tmp_path / "nothing")), Options())
+
+
+def test_a_folder_of_tables_without_a_network_has_its_pages(tmp_path: Path) -> None:
+    run = Run.at(str(tmp_path / "ablation"))
+    columns = filled(ablation.SCHEMA, 2, variant=["as it is", HOSTILE], top1_error=[0.25, 0.5])
+    finish(run, "ablation", "zfnet_small", tables.conform(columns, ablation.SCHEMA))
+    index = built(run)
+    assert "Tables of several networks" in Reader(index).page.text
+    assert "made of another network" not in Reader(index).page.text
+    text = read(index, "run.html").text
+    assert "without a network of its own" in text
+    assert "this run, as it is: " in text  # beside the paper's table 3
+    assert "zfnet: layers 6, 7: 2048 units38.240.217.6" in text
+    text = read(index, "tables/ablation.html").text
+    assert "25.0 %" in text
+    assert HOSTILE in text
 
 
 def test_a_table_that_vanished_is_refused_with_its_name(tmp_path: Path) -> None:
