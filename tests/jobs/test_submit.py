@@ -19,7 +19,7 @@ import pandas as pd
 import pytest
 
 from tests.conftest import ROOT
-from tests.jobs.test_kill import alive
+from tests.jobs.killing import alive
 from tests.pipeline.exact import assert_same
 
 BIN = Path(sys.executable).parent
