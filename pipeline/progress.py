@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import shutil
 import sys
 import time
 from types import TracebackType
@@ -38,7 +39,8 @@ def bar(name: str, total: int, unit: str) -> tqdm[Any] | None:
     """A bar, in a terminal; None in a log, where lines are said instead."""
     if not sys.stdout.isatty():
         return None
-    return tqdm(total=total, desc=name, unit=f" {unit}", file=sys.stdout, dynamic_ncols=True)
+    columns, rows = shutil.get_terminal_size()  # tqdm's own look finds 0 x 0 in some, and draws nothing
+    return tqdm(total=total, desc=name, unit=f" {unit}", file=sys.stdout, ncols=columns, nrows=rows)
 
 
 class Progress:

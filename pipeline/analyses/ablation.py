@@ -27,7 +27,7 @@ from pipeline import cluster, metrics, tables, train
 from pipeline.cluster import Workers
 from pipeline.errors import FORESEEN, SweepFailed
 from pipeline.lease import Held
-from pipeline.progress import say
+from pipeline.progress import say, suggest
 from pipeline.runs import Run, RunError, environment
 from pipeline.shards import Index
 from pipeline.sources.default import shards_or_default
@@ -243,6 +243,7 @@ def run(options: Options) -> int:
         elif isinstance(outcome, int):
             status = max(status, outcome)
     report(options.run)
+    suggest("figures.py --run {run}", run=options.run)
     if failed:
         raise SweepFailed(_explained(failed, len(variants)))
     return status
