@@ -246,7 +246,7 @@ def test_a_location_names_itself_as_it_was_given(tmp_path):
 
 
 class GoogleStore:
-    """As pyarrow's: folders that no object stands for are in no listing, and missed once what lay in them is deleted."""
+    """As pyarrow's: a folder that no object stands for is in no listing, and missed once what lay in it is deleted."""
 
     type_name = "gcs"
     objects = ("bucket/run/a/deep/er", "bucket/run/a/f", "bucket/run/c", "bucket/run/.tmp-x/y")
