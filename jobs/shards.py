@@ -4,7 +4,7 @@ python jobs/shards.py rendered
 
 python jobs/shards.py imagefolder photos --out shards/photos
 
-python jobs/shards.py index data/*.tar --out shards/data
+python jobs/shards.py index data --out shards/data
 """
 
 import sys

@@ -18,7 +18,7 @@ import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path, PurePosixPath
@@ -113,8 +113,11 @@ class Location:
 
     def names(self) -> list[str]:
         """Sorted names of what lies in this folder; none where it does not exist. Temporary names are left out."""
-        selector = pafs.FileSelector(self.path, allow_not_found=True)
-        found = [info.base_name for info in retrying(self, lambda: self.filesystem.get_file_info(selector))]
+        # Of a folder that is only a part of objects' names, Google's listing knows nothing but the objects.
+        deep = self.filesystem.type_name == "gcs"
+        selector = pafs.FileSelector(self.path, allow_not_found=True, recursive=deep)
+        infos = retrying(self, lambda: self.filesystem.get_file_info(selector))
+        found = {PurePosixPath(info.path).relative_to(self.path).parts[0] for info in infos}
         return sorted(name for name in found if not name.startswith(_TEMPORARY))
 
     def read(self) -> bytes:
@@ -253,7 +256,8 @@ class Location:
     def delete(self) -> None:
         """Delete the file or folder; no error where there is none. Raises: StorageError."""
         info = self._info()
-        with cannot_write(self):
+        # Google's client deletes what lies in such a folder, and then misses the folder.
+        with cannot_write(self), suppress(FileNotFoundError):
             if info.type == pafs.FileType.Directory:
                 self.filesystem.delete_dir(self.path)
             elif info.type == pafs.FileType.File:

@@ -91,7 +91,7 @@ class Index:
     """Make an index for shards that came from elsewhere; the shards are left as they are."""
 
     shards: Annotated[tuple[str, ...], tyro.conf.Positional]
-    """Tar files of one folder, named SPLIT-NUMBER.tar."""
+    """The folder that holds the tar files, named SPLIT-NUMBER.tar, or some of them."""
     out: str
     """Folder for the index; give it as --data to the jobs."""
     classes: str | None = None
