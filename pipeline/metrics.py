@@ -6,6 +6,7 @@ Where Ray runs, the same numbers are gauges that Prometheus reads: ray_zfnet_tra
 from __future__ import annotations
 
 import json
+import math
 import time
 from typing import Any
 
@@ -118,4 +119,7 @@ def pace(run: Run) -> dict[str, Any] | None:
         found = pace_file(run).read_json()
     except (FileNotFoundError, StorageError):
         return None
-    return found if isinstance(found, dict) else None
+    sound = isinstance(found, dict) and all(
+        isinstance(value, int | float) and math.isfinite(value) for value in found.values()
+    )
+    return found if sound else None

@@ -22,7 +22,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pyarrow as pa
@@ -33,6 +33,7 @@ from pipeline.storage import Location, StorageError
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "bmp")
 MAX_SAMPLE_BYTES = 256 * 2**20
+_LONGEST_HEADER = 2**20  # bytes that a long name or a pax header goes on for
 _BLOCK = 512
 _MOST_UNNAMED_CLASSES = 100_000
 _READ_TOGETHER_BYTES = 16 * 2**20
@@ -346,12 +347,26 @@ def split_of(file: str) -> str:
     return stem.rpartition("-")[0] or stem
 
 
+class _Bounded:
+    """A file for tarfile, which reads a long name or a pax header whole, however large it claims to be."""
+
+    def __init__(self, file: Any) -> None:
+        self.seek, self.tell, self._read = file.seek, file.tell, file.read
+
+    def read(self, size: int) -> bytes:
+        """Raises: tarfile.ReadError for more than a header has."""
+        if size > _LONGEST_HEADER:
+            raise tarfile.ReadError(f"the header at byte {self.tell() - _BLOCK} claims to go on for {size} bytes")
+        read: bytes = self._read(size)
+        return read
+
+
 def _walk(file: Any, size: int, rows: list[dict[str, Any]]) -> str | None:
     """Append a row for each sample of the tar; returns what is wrong with the file, or None."""
     if size == 0:
         return "the file is empty"
     try:
-        with tarfile.open(fileobj=file, mode="r:", errors="surrogateescape") as tar:
+        with tarfile.open(fileobj=cast(Any, _Bounded(file)), mode="r:", errors="surrogateescape") as tar:
             for member in tar:
                 end = member.offset_data + -(-member.size // _BLOCK) * _BLOCK if member.isreg() else member.offset_data
                 if end > size:

@@ -85,9 +85,9 @@ def read(path: str) -> Status:
     """
     try:
         return _read(Run.at(path))
+    except RunError:
+        raise
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
-        if isinstance(error, RunError):
-            raise
         raise RunError(
             f"a file in {path} does not say what it should ({error!r}): bring back what was damaged"
         ) from None

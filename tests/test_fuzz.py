@@ -252,7 +252,7 @@ def test_hostile_shards(data, accept_damaged):
 
 @pytest.mark.slow
 def test_members_of_gigabytes_take_no_memory(tmp_path):
-    """A real member of 3 GB (a sparse file), and one whose header claims 2^62 bytes."""
+    """A real member of 3 GB (a sparse file): neither indexing nor reading holds it."""
     path = tmp_path / "val-0.tar"
     write_tar(path, [(key, members) for key, members in samples(2)])
     sound = path.read_bytes().rstrip(b"\0")
@@ -263,17 +263,18 @@ def test_members_of_gigabytes_take_no_memory(tmp_path):
         file.write(sound + member.tobuf(tarfile.GNU_FORMAT))
         file.truncate(len(sound) + BLOCK + member.size + 2 * BLOCK)
     script = (
-        "import resource, sys; from pipeline.shards import Index, index_shards\n"
-        f"index_shards([{str(path)!r}], {str(tmp_path / 'out')!r}, classes=None, accept_damaged=False)\n"
+        "import resource; from pipeline.shards import Index, index_shards\n"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        f"index_shards([{str(path)!r}], {str(tmp_path / 'out')!r}, classes=None, accept_damaged=False)\n"
         f"index = Index.load({str(tmp_path / 'out')!r})\n"
         "found = list(index.read(index.split('val')))\n"
-        "print([getattr(one, 'reason', 'read') for one in found], resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+        "after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "print([getattr(one, 'reason', 'read') for one in found], after - before)"
     )
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("['read', 'read', 'too_large']"), done.stdout
-    assert int(done.stdout.split()[-1]) < 1_000_000, "kilobytes; 3 GB were held"
+    assert int(done.stdout.split()[-1]) < 300_000, "kilobytes more than before"
 
 
 # ------------------------------------------------------------------------------------- indexes, runs and checkpoints
