@@ -18,6 +18,7 @@ from pipeline.analyses import top9
 from pipeline.cluster import Workers
 from pipeline.context import Options
 from pipeline.lease import Held, held
+from pipeline.runs import Run
 from pipeline.storage import Location
 from tests.jobs import shell
 from tests.pipeline.exact import assert_same
@@ -174,6 +175,18 @@ def test_two_trainings_at_once_without_a_lease_give_the_same_model(make_shards, 
     both(train_without_lease, options(tmp_path / "run", data, **shared))
     assert weights(tmp_path / "run").model_id == weights(tmp_path / "whole").model_id
     assert not [path for path in (tmp_path / "run").rglob("*") if path.name.startswith((".tmp-", "step-"))]
+
+
+def test_a_training_is_held_like_a_sweep(make_shards, tmp_path):
+    given = options(tmp_path / "run", make_shards(train=[16], val=[3]), epochs=1)
+    folder = Run.at(given.run).training
+    with (
+        held(folder / "lease.json", folder, "train"),
+        pytest.raises(Held, match="train: process .+ is at work on this"),
+    ):
+        train.run(given)
+    assert train.run(given) == 0
+    assert not folder.exists()
 
 
 def test_the_second_job_says_who_is_at_work_and_ends_with_its_own_status(make_run, make_shards):
