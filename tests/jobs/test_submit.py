@@ -213,7 +213,7 @@ def drivers(run: Path) -> list[str]:
 def test_a_stopped_job_ends_with_its_workers_and_the_same_command_goes_on(head, make_run, make_shards, tmp_path):
     """--no-wait, then status, logs and stop, as docs/cluster.md has them."""
     run, data = make_run("stopped"), make_shards(val=[60])
-    job = ("--data", str(data), "--stride-px", "1", "--part-size", "1")
+    job = ("--data", str(data), "--first", "60", "--stride-px", "1", "--part-size", "1")
     command = ("python", "jobs/occlusion.py", "--run", run, *job)
 
     def parts() -> int:
@@ -225,7 +225,7 @@ def test_a_stopped_job_ends_with_its_workers_and_the_same_command_goes_on(head, 
     assert "RUNNING" in ray_job(head, "status", "to-stop").stdout
     stopped = ray_job(head, "stop", "to-stop")
     assert stopped.returncode == 0, stopped.stdout
-    assert "STOPPED" in ray_job(head, "status", "to-stop").stdout
+    assert "'to-stop' was stopped" in ray_job(head, "status", "to-stop").stdout
     assert "60 images, 60 of 60 parts to do" in ray_job(head, "logs", "to-stop").stdout
     assert drivers(run) == []
     time.sleep(2)  # what was under way is committed, or lost with its worker
