@@ -160,7 +160,7 @@ def labelled(index: Index, split: str, classes: int) -> tuple[pa.Table, list[Ski
     return with_label(index.split(split), classes)
 
 
-def loader(images_: Images, batches: Any, decoders: int) -> DataLoader[Any]:
+def loader(images_: Dataset[Any], batches: Any, decoders: int) -> DataLoader[Any]:
     """A loader over batches of places, decoding ahead in `decoders` processes (0: in this one)."""
     return DataLoader(
         images_,
