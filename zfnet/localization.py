@@ -237,6 +237,7 @@ class Looker:
         step = self.sliding.step_px["coarse"]
         return [view(resized[side], original, step) for side in self.sides_px]
 
+    @torch.no_grad()
     def look(self, views: Sequence[View]) -> list[Seen]:
         """What the windows of one image say, scale by scale. Raises: NotFinite."""
         found: list[Seen] = []
