@@ -34,6 +34,7 @@ from zfnet.localization import (
     lower_view,
     nearest_object,
     nearest_window,
+    out_of_frame,
     training_view,
     window_edges,
     window_labels,
@@ -44,8 +45,6 @@ from zfnet.models.heads import EDGES, HeadedNetwork, initialise_heads
 BACKGROUND = "background"
 """Name of the class that a detector has beside those of its classifier."""
 Mining = Literal["random", "offending", "both"]
-VIEW_STRIDES = 2
-"""Coarse strides by which a training view is larger than scale 1: (1 + VIEW_STRIDES) squared coarse windows."""
 IGNORED = -1
 """Label of a window that is no example."""
 _MEAN = "preprocessing.mean"
@@ -131,7 +130,8 @@ class Views(Dataset[Any]):
     sides_px: tuple[int, ...]
     side_px: int
     windows: Edges
-    grey: tuple[int, ...]
+    about: float
+    """Share of the views that are drawn about an object."""
     label: Callable[[Edges, Edges, Ints], tuple[Ints, Ints]]
     """Windows, boxes, their labels -> label of each window, and which box it is of, or -1."""
     context: bool
@@ -174,7 +174,7 @@ class Views(Dataset[Any]):
             raise images.BadImage("no_box", "it has no box of a known class with an area")
         digest = hashlib.blake2b(f"{self.seed} {epoch} {sample.key}".encode("utf-8", "surrogatepass"), digest_size=8)
         rng = np.random.default_rng(int.from_bytes(digest.digest(), "little"))
-        view = training_view(image, objects.boxes, self.sides_px, self.side_px, self.grey, rng)
+        view = training_view(image, objects.boxes, self.sides_px, self.side_px, self.about, rng)
         label, nearest = self.label(self.windows, view.boxes, objects.labels)
         edges = np.zeros((len(self.windows), EDGES))
         edges[nearest >= 0] = into_frame(view.boxes[nearest[nearest >= 0]], self.windows[nearest >= 0])
@@ -183,10 +183,8 @@ class Views(Dataset[Any]):
         if self.context:
             lower = np.zeros((self.side_px, self.side_px, 3), np.uint8)
         if self.context and place:
-            smallest_px = self.sides_px[place - 1]
-            lower = lower_view(image, view, smallest_px, self.grey)
-            middle = self.side_px / 2
-            beside = nearest_window((self.windows - middle) * smallest_px / view.smallest_px + middle, self.windows)
+            lower, there = lower_view(image, view, self.sides_px[place - 1])
+            beside = nearest_window(out_of_frame(self.windows / self.side_px, there), self.windows)
         return view.pixels, label, edges, lower, beside
 
 
@@ -211,15 +209,12 @@ class BoxTrainer(Trainer):
             found.tensors.pop(_MEAN)
         sliding = Sliding(self.network)
         self.sides_px = tuple(sliding.sides_px(scale)[0] for scale in self.plan.scales)
-        self.side_px = sliding.sides_px(1)[0] + VIEW_STRIDES * sliding.step_px["coarse"]
-        count = (self.side_px - sliding.window_px) // sliding.step_px["coarse"] + 1
-        if self.plan.stride == "fine":
-            count = VIEW_STRIDES * sliding.cells + sliding.cells
+        self.side_px = self.sides_px[0]
+        steps = (self.side_px - sliding.sides_px(1)[0]) // sliding.step_px["coarse"] + 1
+        count = steps * (sliding.cells if self.plan.stride == "fine" else 1)
         self.windows = window_edges(sliding, self.plan.stride, count, count)
 
     def _views(self, rows: pa.Table) -> Views:
-        mean = self.preprocessing.mean.flatten() * (255 / self.preprocessing.maximum)
-        grey = tuple(int(value) for value in mean.round().clamp(0, 255))
         return Views(
             self.images_index,
             rows,
@@ -228,13 +223,14 @@ class BoxTrainer(Trainer):
             self.sides_px,
             self.side_px,
             self.windows,
-            grey if self.preprocessing.channels == "RGB" else grey[::-1],
+            self.about,
             self._label,
             getattr(self.network, "context", None) is not None,
             self.require_boxes,
         )
 
     require_boxes: ClassVar[bool]
+    about: ClassVar[float]
 
     def _training_images(self) -> Views:
         return self._views(self.train_rows)
@@ -326,6 +322,7 @@ class LocalizerTrainer(BoxTrainer):
     plan: LocalizerPlan
     network: HeadedNetwork
     require_boxes = True
+    about = 1.0
 
     def _first_network(self) -> Any:
         self.classes = self.source.classes
@@ -396,6 +393,7 @@ class DetectorTrainer(BoxTrainer):
 
     plan: DetectorPlan
     require_boxes = False
+    about = 0.5
 
     def _first_network(self) -> Any:
         self.classes = (*self.source.classes, BACKGROUND)

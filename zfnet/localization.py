@@ -63,8 +63,8 @@ class TrainingView:
     boxes: Edges
     smallest_px: int
     """What the image's smallest side was resized to."""
-    middle: tuple[float, float]
-    """Of the square, (down, across) as shares of the image's height and width."""
+    place: Edges
+    """[4] the square's edges as shares of the image's height and width."""
     mirrored: bool
 
 
@@ -73,61 +73,65 @@ def training_view(
     boxes: Edges,
     sides_px: Sequence[int],
     side_px: int,
-    grey: tuple[int, ...],
+    about: float,
     rng: np.random.Generator,
 ) -> TrainingView:
-    """A square of the image at a scale drawn from `sides_px`, about one of its objects, mirrored half the time.
+    """A square of the image at a scale drawn from `sides_px`, mirrored half the time.
 
     The paper trains on whole images at each scale. Squares of one size go through the network together, whatever the
-    proportions of their images; drawn so that the middle of an object lies in them, they waste little on windows
-    without one.
+    proportions of their images. None leaves its image: in no window that is looked at later is there anything else.
 
     Args:
         image: RGB.
         boxes: [N, 4] in its pixels.
         sides_px: what its smallest side may be resized to.
-        side_px: of the square. Where the resized image is smaller, it lies in the square at random.
-        grey: RGB beside it.
+        side_px: of the square, at most the smallest of these.
+        about: share of the squares that are drawn about the middle of one of the objects; the others lie anywhere.
         rng: decides all.
 
-    Raises: BadImage where it would become too large.
+    Raises: BadImage where the image would become too large.
     """
     smallest_px = int(rng.choice(np.asarray(sides_px)))
     resized = images.resize(image, smallest_px)
     lengths = np.array([resized.height, resized.width])
     boxes = boxes * np.tile(lengths / (image.height, image.width), 2)
-    at = None if not len(boxes) else boxes[rng.integers(len(boxes))].reshape(2, 2).mean(0)
-    corner = [_first(rng, int(lengths[axis]), side_px, None if at is None else at[axis]) for axis in (0, 1)]
+    held = rng.random() < about and len(boxes) > 0
+    middle = boxes[rng.integers(len(boxes))].reshape(2, 2).mean(0) if held else None
+    corner = [_first(rng, int(lengths[axis]), side_px, None if middle is None else middle[axis]) for axis in (0, 1)]
     mirrored = bool(rng.random() < 0.5)
     boxes = boxes - np.tile(corner, 2)
     if mirrored:
         boxes = np.stack([boxes[:, 0], side_px - boxes[:, 3], boxes[:, 2], side_px - boxes[:, 1]], 1)
-    down, across = (np.array(corner) + side_px / 2) / lengths
-    return TrainingView(_square(resized, corner, side_px, grey, mirrored), boxes, smallest_px, (down, across), mirrored)
+    place = np.concatenate([corner, np.array(corner) + side_px]) / np.tile(lengths, 2)
+    return TrainingView(_square(resized, corner, side_px, mirrored), boxes, smallest_px, place, mirrored)
 
 
-def lower_view(image: Image.Image, view: TrainingView, smallest_px: int, grey: tuple[int, ...]) -> Pixels:
-    """The square about the same middle at a lower resolution, where it holds more of the image."""
+def lower_view(image: Image.Image, view: TrainingView, smallest_px: int) -> tuple[Pixels, Edges]:
+    """The square at a lower resolution that lies nearest about the same middle, and where a training view lies in it.
+
+    Returns: uint8 [side, side, 3], and the view's edges [4] in its pixels, mirrored as the view is.
+    """
     resized, side_px = images.resize(image, smallest_px), len(view.pixels)
-    corner = [
-        round(share * n - side_px / 2) for share, n in zip(view.middle, (resized.height, resized.width), strict=True)
-    ]
-    return _square(resized, corner, side_px, grey, view.mirrored)
+    lengths = np.array([resized.height, resized.width])
+    there = view.place * np.tile(lengths, 2)
+    corner = ((there[:2] + there[2:] - side_px) / 2).round().clip(0, lengths - side_px).astype(int)
+    there = there - np.tile(corner, 2)
+    if view.mirrored:
+        there = np.array([there[0], side_px - there[3], there[2], side_px - there[1]])
+    return _square(resized, [int(edge) for edge in corner], side_px, view.mirrored), there
 
 
-def _square(image: Image.Image, corner: Sequence[int], side_px: int, grey: tuple[int, ...], mirrored: bool) -> Pixels:
-    canvas = Image.new("RGB", (side_px, side_px), grey)
-    canvas.paste(image, (-corner[1], -corner[0]))
-    pixels = np.asarray(canvas)
+def _square(image: Image.Image, corner: Sequence[int], side_px: int, mirrored: bool) -> Pixels:
+    pixels = np.asarray(image.crop((corner[1], corner[0], corner[1] + side_px, corner[0] + side_px)))
     return np.ascontiguousarray(pixels[:, ::-1] if mirrored else pixels)
 
 
 def _first(rng: np.random.Generator, length: int, side: int, middle: float | None) -> int:
     """First row or column of a square of `side` in an image of `length`, that holds `middle`."""
-    low, high = min(0, length - side), max(0, length - side)
+    low, high = 0, length - side
     if middle is not None:
-        low, high = max(low, int(np.ceil(middle)) - side), min(high, int(middle))
-    return int(rng.integers(low, max(low, high) + 1))
+        low, high = max(low, min(high, int(np.ceil(middle)) - side)), min(high, max(low, int(middle)))
+    return int(rng.integers(low, high + 1))
 
 
 def nearest_window(windows: Edges, others: Edges) -> Ints:

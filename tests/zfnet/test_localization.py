@@ -33,7 +33,6 @@ from zfnet.models.heads import initialise_heads
 BOX = st.tuples(*(st.integers(-20, 90),) * 2, *(st.integers(4, 70),) * 2).map(
     lambda b: [b[0], b[1], b[0] + b[2], b[1] + b[3]]
 )
-GREY = (124, 116, 104)
 SMALL = "overfeat_fast_small+boxes"
 
 
@@ -119,41 +118,46 @@ def test_a_training_view_moves_the_boxes_with_the_pixels(seed):
     rng = np.random.default_rng(seed)
     pixels = np.zeros((90, 140, 3), np.uint8)
     pixels[30:60, 40:80] = 255
-    seen = training_view(Image.fromarray(pixels), edges([[30, 40, 60, 80]]), (77, 93, 141), 109, (0, 0, 0), rng)
+    seen = training_view(Image.fromarray(pixels), edges([[30, 40, 60, 80]]), (77, 93, 141), 77, 1.0, rng)
     rows, cols = np.nonzero(seen.pixels[:, :, 0] > 127)
-    top, left, bottom, right = np.clip(seen.boxes[0], 0, 109)
-    assert seen.pixels.shape == (109, 109, 3)
+    top, left, bottom, right = np.clip(seen.boxes[0], 0, 77)
+    assert seen.pixels.shape == (77, 77, 3)
     assert abs(rows.min() - top) <= 1
     assert abs(cols.min() - left) <= 1
     assert abs(rows.max() + 1 - bottom) <= 1
     assert abs(cols.max() + 1 - right) <= 1
     middle = (seen.boxes[0, :2] + seen.boxes[0, 2:]) / 2
     assert (middle >= 0).all()
-    assert (middle <= 109).all()
+    assert (middle <= 77).all()
 
 
 def test_views_are_of_every_scale_mirrored_half_the_time_and_repeatable():
-    def draw(seed):
-        return training_view(picture(), edges([[30, 40, 60, 80]]), (77, 93), 109, GREY, np.random.default_rng(seed))
+    def draw(seed, about=1.0):
+        rng = np.random.default_rng(seed)
+        return training_view(picture(), edges([[0, 0, 30, 40]]), (77, 173), 77, about, rng)
 
     seen = [draw(seed) for seed in range(60)]
-    assert {one.smallest_px for one in seen} == {77, 93}
+    assert {one.smallest_px for one in seen} == {77, 173}
     assert 18 < sum(one.mirrored for one in seen) < 42
     assert np.array_equal(draw(3).pixels, seen[3].pixels)
-    assert (seen[0].pixels.reshape(-1, 3) == GREY).all(1).any()  # 109 px hold more than an image of 77 or 93
+    assert all((one.place >= 0).all() and (one.place <= 1).all() for one in seen)
+    assert all((one.boxes[:, :2] < 77).all() and (one.boxes[:, 2:] > 0).all() for one in seen)
+    assert any((one.boxes[:, 2:] < 0).any() for one in (draw(seed, 0.0) for seed in range(20)))  # anywhere
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_the_lower_view_shows_the_same_middle_smaller(seed):
-    """The patch about the middle of the view, shrunk, is what the middle of the lower view shows."""
+def test_the_lower_view_shows_the_same_place_smaller(seed):
+    """The view, shrunk, is what the lower view shows where it says that the view lies, at a border too."""
     rng = np.random.default_rng(seed)
     image = picture(160, 200)
-    seen = training_view(image, edges([[60, 70, 100, 120]]), (154,), 109, GREY, rng)
-    lower = lower_view(image, seen, 77, GREY)
-    middle = Image.fromarray(seen.pixels[14:94, 14:94]).resize((40, 40), Image.Resampling.BILINEAR)
-    there = lower[34:74, 34:74]
-    usable = (there != GREY).any(2)
-    assert np.abs(np.asarray(middle, float) - there)[usable].mean() < 10
+    seen = training_view(image, edges([[0, 0, 60, 80]]), (154,), 77, 1.0, rng)
+    lower, there = lower_view(image, seen, 77)
+    assert lower.shape == (77, 77, 3)
+    top, left, bottom, right = (round(edge) for edge in there)
+    assert min(top, left) >= 0
+    assert max(bottom, right) <= 77
+    shrunk = Image.fromarray(seen.pixels).resize((right - left, bottom - top), Image.Resampling.BILINEAR)
+    assert np.abs(np.asarray(shrunk, float) - lower[top:bottom, left:right]).mean() < 8
 
 
 def test_a_view_holds_the_whole_image_but_for_less_than_a_step():
@@ -237,8 +241,8 @@ def test_context_adds_what_the_nearest_window_of_the_lower_scale_says():
 
 def test_training_and_looking_agree_on_which_lower_window_is_nearest():
     windows = window_edges(Sliding(network()), "fine", 6, 6)
-    found = nearest_window((windows - 54.5) * 0.5 + 54.5, windows)
-    middles = ((windows[:, :2] + windows[:, 2:]) / 2 - 54.5) * 0.5 + 54.5
+    found = nearest_window(out_of_frame(windows / 109, np.array([10.0, 20, 60, 70])), windows)
+    middles = (windows[:, :2] + windows[:, 2:]) / 2 * 50 / 109 + [10, 20]
     away = [np.hypot(*(((other[:2] + other[2:]) / 2)[None] - middles).T) for other in windows]
     assert np.array_equal(found, np.argmin(away, 0))
 
