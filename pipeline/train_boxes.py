@@ -98,11 +98,9 @@ class Localizer(Options):
 class Detector(Options):
     """What training a detector takes."""
 
-    stride: Stride = "coarse"
-    """Windows that are trained on: with every offset of the last pool, or the first alone."""
     context: Literal["none", "lower"] = "none"
     """lower: each window is classified with the hidden units of the next lower scale's at the same place."""
-    negatives: int = 4
+    negatives: int = 2
     """Windows of the background that are taken of each view."""
     mining: Mining = "both"
     """Which ones: drawn at random, those that look most like an object, or half of each."""

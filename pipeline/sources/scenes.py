@@ -24,7 +24,7 @@ from pipeline.sources.rendered import (
     png,
 )
 
-_PLACES = 50  # that are tried for an object before it is left out
+_PLACES = 100  # sizes and places that are tried for an object before it is left out
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +40,8 @@ class Scenes:
     objects: tuple[int, int] = (1, 4)
     """Fewest and most objects of an image; fewer lie there where the last ones found no room."""
     radius: tuple[float, float] = (0.1, 0.25)
-    """Smallest and largest object: radius of the disc of its area, as a part of the image's smallest side."""
+    """Smallest and largest object: radius of the disc of its area, as a part of the image's smallest side. Where there is
+    little room the smaller ones find it."""
 
     def __post_init__(self) -> None:
         for name in ("seed", "train", "val"):
@@ -119,9 +120,9 @@ class Scenes:
         side = min(height, width)
         found: list[tuple[float, tuple[float, float]]] = []
         for _ in range(int(rng.integers(*self.objects, endpoint=True))):
-            radius_px = float(rng.uniform(*self.radius) * side)
-            reach = REACH * radius_px
             for _ in range(_PLACES):
+                radius_px = float(rng.uniform(*self.radius) * side)
+                reach = REACH * radius_px
                 x, y = (float(rng.uniform(reach, max(reach, length - reach))) for length in (width, height))
                 if all(np.hypot(x - at[0], y - at[1]) >= reach + REACH * other for other, at in found):
                     found.append((radius_px, (x, y)))
