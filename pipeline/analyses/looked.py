@@ -120,9 +120,7 @@ def prepare(context: Context, looker: Looker, rows: pa.Table) -> tuple[Batch | N
     """The images, decoded, at every scale."""
 
     def look(sample: Sample, number: int) -> Looked:
-        resized = images.decode_resized(sample.image, looker.sides_px, scaled=context.decode == "scaled")
-        header = images.describe(sample.image)
-        size = header["width"], header["height"]
+        resized, size = images.decode_resized(sample.image, looker.sides_px, scaled=context.decode == "scaled")
         return Looked(sample, size, looker.views(resized, size), objects_of(sample, context.model.classes))
 
     pictures, skipped = read(context, rows, look)

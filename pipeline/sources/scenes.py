@@ -40,8 +40,8 @@ class Scenes:
     objects: tuple[int, int] = (1, 4)
     """Fewest and most objects of an image; fewer lie there where the last ones found no room."""
     radius: tuple[float, float] = (0.1, 0.25)
-    """Smallest and largest object: radius of the disc of its area, as a part of the image's smallest side. Where there is
-    little room the smaller ones find it."""
+    """Smallest and largest object: radius of the disc of its area, as a part of the image's smallest side. Where
+    there is little room the smaller ones find it."""
 
     def __post_init__(self) -> None:
         for name in ("seed", "train", "val"):
