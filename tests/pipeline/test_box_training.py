@@ -235,3 +235,16 @@ def test_ray_train_gives_what_one_process_gives(classifier, data, tmp_path, ray_
     train(Localizer, pair, classifier, data, workers=Workers(num=2, cpus=1))
     one, two = (tensors(run)["regressor.hidden2.weight"] for run in (tmp_path / "one", pair))
     torch.testing.assert_close(one, two, rtol=1e-3, atol=1e-5)
+
+
+def test_the_atlas_of_such_a_run_shows_what_it_has(classifier, data, tmp_path):
+    from pipeline import atlas, sweep
+    from pipeline.analyses import top9
+    from pipeline.context import Options
+
+    run = tmp_path / "boxes"
+    train(Localizer, run, classifier, data, epochs=1)
+    options_ = Options(run=str(run), data=str(data), workers=Workers(num=0))
+    sweep.run(top9.ANALYSIS, options_, top9.Config(layers=("conv5",)))
+    page = atlas.build(Run.at(str(run)), atlas.Options())
+    assert b"overfeat_fast_small+boxes" in page.read()
