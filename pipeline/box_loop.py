@@ -168,10 +168,11 @@ class Views(Dataset[Any]):
 
     def _view(self, sample: Sample, epoch: int, skipped: list[Skipped]) -> tuple[Any, ...]:
         image, objects = images.decode(sample.image), objects_of(sample, self.classes)
+        if self.require_boxes and not len(objects):
+            why = ", ".join(reason for _, reason in objects.refused) or "there is none"
+            raise images.BadImage("no_box", f"it has no box that can be used: {why}")
         for entry, reason in objects.refused:
             skipped.append(Skipped(sample.shard, sample.key, f"box_{reason}", str(entry)))
-        if self.require_boxes and not len(objects):
-            raise images.BadImage("no_box", "it has no box of a known class with an area")
         digest = hashlib.blake2b(f"{self.seed} {epoch} {sample.key}".encode("utf-8", "surrogatepass"), digest_size=8)
         rng = np.random.default_rng(int.from_bytes(digest.digest(), "little"))
         view = training_view(image, objects.boxes, self.sides_px, self.side_px, self.about, rng)
