@@ -89,6 +89,8 @@ class LocalizerPlan(BoxPlan):
 
     in_view: float
     """Least share of a box that a window must see to be trained on it."""
+    filled: float
+    """Least share of the window that the box must cover."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -310,10 +312,11 @@ class LabelBoxes:
     """The nearest object of each window, where enough of it is in view."""
 
     in_view: float
+    filled: float
 
     def __call__(self, windows: Edges, boxes: Edges, labels: Ints) -> tuple[Ints, Ints]:
         """Label and box of each window."""
-        nearest = nearest_object(windows, boxes, self.in_view)
+        nearest = nearest_object(windows, boxes, self.in_view, self.filled)
         return np.append(labels, IGNORED)[nearest], nearest
 
 
@@ -343,7 +346,7 @@ class LocalizerTrainer(BoxTrainer):
 
     @property
     def _label(self) -> LabelBoxes:
-        return LabelBoxes(self.plan.in_view)
+        return LabelBoxes(self.plan.in_view, self.plan.filled)
 
     def _losses(self, outputs: Tensor, batch: Windows) -> tuple[Tensor, Tensor]:
         """The squared distance of the four edges; a window has a right box at an overlap of one half."""

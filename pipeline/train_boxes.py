@@ -84,14 +84,17 @@ class Localizer(Options):
     """One regressor for all classes, which gave the paper's best results, or one for each."""
     in_view: float = 0.5
     """Least share of an object's box that a window must see to be trained on it."""
+    filled: float = 0.0
+    """Least share of the window that the box must cover to be trained on; the paper has no such bound."""
     epochs: int = 10
     """Passes over the training images."""
     lr: float = 1e-2
     """Highest learning rate; it falls to zero by a cosine."""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.in_view <= 1:
-            raise RunError(f"--in-view is {self.in_view}: give a share from 0 to 1")
+        for name in ("in_view", "filled"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise RunError(f"--{name.replace('_', '-')} is {getattr(self, name)}: give a share from 0 to 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,7 +127,7 @@ def run_localizer(options: Localizer) -> int:
     kept = [head for head in heads if head == "context"]
     architecture = "+".join([base, *kept, "boxes" if options.boxes == "shared" else "class-boxes"])
     known = _plan(options, model, architecture, _recipe(options))
-    plan = LocalizerPlan(**known, in_view=options.in_view)
+    plan = LocalizerPlan(**known, in_view=options.in_view, filled=options.filled)
     return train.carry_out(options.places(), plan, LocalizerTrainer, _say_epoch)
 
 

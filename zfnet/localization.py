@@ -141,16 +141,23 @@ def nearest_window(windows: Edges, others: Edges) -> Ints:
     return found
 
 
-def nearest_object(windows: Edges, boxes: Edges, in_view: float) -> Ints:
-    """[W]: the box of which a window sees the largest area, if at least this share of it; else -1.
+def nearest_object(windows: Edges, boxes: Edges, in_view: float, filled: float = 0.0) -> Ints:
+    """[W]: the box of which a window sees the largest area, if it sees enough of it; else -1.
 
     "We do not train the regressor on bounding boxes with less than a 50% overlap with the input field of view" (section
     4.2): the overlap is read as the share of the box that lies in the window.
+
+    Args:
+        windows: [W, 4].
+        boxes: [N, 4].
+        in_view: least share of the box that lies in the window.
+        filled: least share of the window that the box covers.
     """
     if not len(boxes):
         return np.full(len(windows), -1, np.int64)
     seen = intersection(windows[:, None], boxes[None])
-    seen = np.where(seen >= in_view * area(boxes), seen, 0)
+    enough = (seen >= in_view * area(boxes)) & (seen >= filled * area(windows)[:, None])
+    seen = np.where(enough, seen, 0)
     found: Ints = np.where(seen.max(1) > 0, seen.argmax(1), -1)
     return found
 

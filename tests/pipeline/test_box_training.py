@@ -140,7 +140,7 @@ def test_the_loss_is_the_squared_distance_of_the_edges_of_windows_that_show_a_bo
     given = options(Localizer, tmp_path / "plan", classifier, data, boxes="per-class")
     model = Run.at(str(classifier)).load_model()
     known = train_boxes._plan(given, model, "overfeat_fast_small+class-boxes", train_boxes._recipe(given))
-    plan = train_boxes.LocalizerPlan(**known, in_view=0.5)
+    plan = train_boxes.LocalizerPlan(**known, in_view=0.5, filled=0.0)
     trainer = train_boxes.LocalizerTrainer(plan, rank=0, world=1, device="cpu", decoders=0, checkpoint_steps=100)
     generator = torch.Generator().manual_seed(0)
     outputs, edges = torch.rand(2, 3, 2 * 4, generator=generator), torch.rand(2, 3, 4, generator=generator)
@@ -193,6 +193,7 @@ def test_what_cannot_be_used_is_listed_and_the_rest_trains(classifier, tmp_path)
         (Localizer, {"scales": (7,)}, "scale is 7; expected 1 to 6"),
         (Localizer, {"batch": 500}, "--batch is 500, and the split 'train' holds 24 images"),
         (Localizer, {"in_view": 1.5}, "--in-view is 1.5"),
+        (Localizer, {"filled": -0.1}, "--filled is -0.1"),
         (Localizer, {"seed": -1}, "--seed is -1"),
         (Localizer, {"lr": 0.0}, "lr is 0.0; expected more than 0"),
         (Detector, {"negatives": 0}, "--negatives is 0"),

@@ -67,16 +67,17 @@ def picture(height=120, width=170, seed=0):
 # ------------------------------------------------------------------------------------------------------------- targets
 
 
-@given(st.lists(BOX, min_size=1, max_size=4), st.sampled_from([0.0, 0.5, 1.0]))
-def test_a_window_is_of_the_box_it_sees_most_of_if_it_sees_enough(boxes, in_view):
+@given(st.lists(BOX, min_size=1, max_size=4), st.sampled_from([0.0, 0.5, 1.0]), st.sampled_from([0.0, 0.3]))
+def test_a_window_is_of_the_box_it_sees_most_of_if_it_sees_enough(boxes, in_view, filled):
     windows = edges([[0, 0, 64, 64], [16, 0, 80, 64], [40, 40, 104, 104]])
-    found = nearest_object(windows, edges(boxes), in_view)
+    found = nearest_object(windows, edges(boxes), in_view, filled)
     for window, chosen in zip(windows, found, strict=True):
         areas = []
         for top, left, bottom, right in boxes:
             rows = max(0, min(bottom, window[2]) - max(top, window[0]))
             seen = rows * max(0, min(right, window[3]) - max(left, window[1]))
-            areas.append(seen if seen >= in_view * (bottom - top) * (right - left) else 0)
+            enough = seen >= in_view * (bottom - top) * (right - left) and seen >= filled * 64**2
+            areas.append(seen if enough else 0)
         assert chosen == (int(np.argmax(areas)) if max(areas) > 0 else -1)
 
 
