@@ -24,7 +24,7 @@ from pipeline.box_loop import (
 )
 from pipeline.cluster import Workers
 from pipeline.objects import objects_of
-from pipeline.progress import say
+from pipeline.progress import suggest
 from pipeline.runs import Model, Run, RunError
 from pipeline.shards import Index, Sample
 from pipeline.storage import Location
@@ -128,7 +128,8 @@ def run_localizer(options: Localizer) -> int:
     architecture = "+".join([base, *kept, "boxes" if options.boxes == "shared" else "class-boxes"])
     known = _plan(options, model, architecture, _recipe(options))
     plan = LocalizerPlan(**known, in_view=options.in_view, filled=options.filled)
-    return train.carry_out(options.places(), plan, LocalizerTrainer, _say_epoch)
+    suggest("localize.py --run {run} --data {data}", run=options.run, data=options.data)
+    return train.carry_out(options.places(), plan, LocalizerTrainer, _told)
 
 
 def run_detector(options: Detector) -> int:
@@ -145,7 +146,8 @@ def run_detector(options: Detector) -> int:
     architecture = model.architecture + ("+context" if options.context == "lower" else "")
     known = _plan(options, model, architecture, _recipe(options))
     plan = DetectorPlan(**known, negatives=options.negatives, mining=options.mining)
-    return train.carry_out(options.places(), plan, DetectorTrainer, _say_epoch)
+    suggest("train_localizer.py --from {run} --run BOXES --data {data}", run=options.run, data=options.data)
+    return train.carry_out(options.places(), plan, DetectorTrainer, _told)
 
 
 def _recipe(options: Localizer | Detector) -> Recipe:
@@ -216,9 +218,10 @@ def _require_boxes(index: Index, rows: Any, model: Model) -> None:
     )
 
 
-def _say_epoch(row: dict[str, Any], epochs: int) -> None:
-    say(
-        f"train: epoch {row['epoch']}/{epochs}  loss {row['train_loss']:.4f}, validation {row['validation_loss']:.4f}  "
+def _told(row: dict[str, Any], epochs: int, label: str) -> str:
+    return (
+        f"{label}: epoch {row['epoch']}/{epochs}  loss {row['train_loss']:.4f}  "
+        f"validation {row['validation_loss']:.4f}  "
         f"right {row['validation_right']:.1%} of {row['validation_windows']} windows  "
         f"{row['images_per_second']:.0f} images/s  waiting {row['data_wait_share']:.0%}"
     )

@@ -61,8 +61,12 @@ def _or_null(field: pa.Field) -> pa.Field:
     return field.with_nullable(True)
 
 
-DETECTION = pa.schema(
-    [
+DETECTION = tables.schema(
+    "detection",
+    row="a box that was found in an image",
+    file="",
+    key=("key", "rank"),
+    columns=[
         *_HEAD,
         tables.column("rank", pa.int32(), "Place among the image's boxes, from 1."),
         *_CLASS,
@@ -72,22 +76,30 @@ DETECTION = pa.schema(
         tables.column("outcome", pa.string(), "right, duplicate, poor_overlap, confused_class or background."),
         tables.column("iou", pa.float64(), "Largest IoU with an object of the class; 0 where there is none."),
         _or_null(tables.column("object", pa.int32(), "The object that it finds: its number in detection_objects.")),
-    ]
+    ],
 )
 
-OBJECTS = pa.schema(
-    [
+OBJECTS = tables.schema(
+    "detection_objects",
+    row="a true box of an image, and what became of it",
+    file="",
+    key=("key", "object"),
+    columns=[
         *_HEAD,
         tables.column("object", pa.int32(), "Number of the object in its image, from 0."),
         *_CLASS,
         *BOX,
         tables.column("fate", pa.string(), "found, confused_class, poor_overlap or missed."),
         tables.column("refused", pa.int32(), "Boxes of the image that cannot be used: no area, or no known class."),
-    ]
+    ],
 )
 
-CURVES = pa.schema(
-    [
+CURVES = tables.schema(
+    "detection_curves",
+    row="a box of a class among those of all images, from the highest score down",
+    file="",
+    key=("class", "rank"),
+    columns=[
         tables.MODEL_ID,
         tables.DATA_ID,
         *_CLASS,
@@ -95,11 +107,15 @@ CURVES = pa.schema(
         tables.column("score", pa.float64(), "Score of that box."),
         tables.column("precision", pa.float64(), "Share of the boxes down to this one that are right."),
         tables.column("recall", pa.float64(), "Share of the class's objects that they find."),
-    ]
+    ],
 )
 
-CLASSES = pa.schema(
-    [
+CLASSES = tables.schema(
+    "detection_classes",
+    row="a class: its average precision, and its boxes and objects by kind",
+    file="",
+    key=("class",),
+    columns=[
         tables.MODEL_ID,
         tables.DATA_ID,
         *_CLASS,
@@ -108,7 +124,7 @@ CLASSES = pa.schema(
         _or_null(tables.column("average_precision", pa.float64(), "Area under its curve; null without objects.")),
         *(tables.column(name, pa.int64(), f"Boxes of the class that are {name}.") for name in get_args(Outcome)),
         *(tables.column(f"objects_{name}", pa.int64(), f"Objects that are {name}.") for name in get_args(Fate)),
-    ]
+    ],
 )
 
 
@@ -283,7 +299,8 @@ ANALYSIS = Analysis(
     slices=slices,
     samples=looked.samples,
     setup=looked.setup,
-    prepare=looked.prepare,
+    decode=looked.decode,
+    batch=looked.as_batch,
     map_batch=map_batch,
     reduce_part=looked.reduce_part,
     fold=fold,

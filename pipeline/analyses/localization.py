@@ -58,8 +58,12 @@ def _or_null(name: str, kind: pa.DataType, doc: str) -> pa.Field:
     return tables.column(name, kind, doc, nullable=True)
 
 
-LOCALIZATION = pa.schema(
-    [
+LOCALIZATION = tables.schema(
+    "localization",
+    row="a guess of an image: a class and a box",
+    file="",
+    key=("key", "rank"),
+    columns=[
         *_HEAD,
         tables.column("rank", pa.int32(), "Place among the image's guesses, from 1."),
         *_CLASS,
@@ -67,11 +71,15 @@ LOCALIZATION = pa.schema(
         *BOX,
         tables.column("windows", pa.int32(), "Windows that the box was merged from."),
         _or_null("iou", pa.float64(), "Largest IoU with an object of the class; null where the image has none."),
-    ]
+    ],
 )
 
-IMAGES = pa.schema(
-    [
+IMAGES = tables.schema(
+    "localization_images",
+    row="an image, and what was wrong with its guesses",
+    file="",
+    key=("key",),
+    columns=[
         *_HEAD,
         tables.column("objects", pa.int32(), "Usable boxes of the image's class."),
         tables.column("refused", pa.int32(), "Boxes that cannot be used: without an area, or of no known class."),
@@ -79,12 +87,16 @@ IMAGES = pa.schema(
         _or_null("right_rank", pa.int32(), "First guess that is right."),
         _or_null("iou", pa.float64(), "Largest IoU of a guess of the image's class with an object of it."),
         _or_null("centred_iou", pa.float64(), "Largest IoU of the centred box with an object of the image's class."),
-    ]
+    ],
 )
 """The centred box has the mean height and width of all objects, as shares of their images', and the image's middle."""
 
-WINDOWS = pa.schema(
-    [
+WINDOWS = tables.schema(
+    "localization_windows",
+    row="a window that was sure of the class of the image's best guess",
+    file="",
+    key=("key", "scale", "window_top", "window_left"),
+    columns=[
         *_HEAD,
         tables.column("scale", pa.int32(), "Scale of the image, 1 to 6."),
         *_CLASS,
@@ -94,7 +106,7 @@ WINDOWS = pa.schema(
         tables.column("window_height", pa.float64(), "Height of the window."),
         tables.column("window_width", pa.float64(), "Width of the window."),
         *BOX,
-    ]
+    ],
 )
 
 
@@ -237,7 +249,8 @@ ANALYSIS = Analysis(
     slices=looked.slices,
     samples=looked.samples,
     setup=looked.setup,
-    prepare=looked.prepare,
+    decode=looked.decode,
+    batch=looked.as_batch,
     map_batch=map_batch,
     reduce_part=looked.reduce_part,
     fold=fold,

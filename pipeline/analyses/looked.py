@@ -115,15 +115,19 @@ def samples(context: Context, slices: list[str]) -> pa.Table:
     return context.index.split(context.split)
 
 
-def prepare(context: Context, looker: Looker, rows: pa.Table) -> tuple[Batch | None, list[Skipped]]:
+def decode(context: Context, looker: Looker, rows: pa.Table) -> tuple[list[Looked], list[Skipped]]:
     """The images, decoded, at every scale."""
 
     def look(sample: Sample, number: int) -> Looked:
         resized, size = images.decode_resized(sample.image, looker.sides_px, scaled=context.decode == "scaled")
         return Looked(sample, size, looker.views(resized, size), objects_of(sample, context.model.classes))
 
-    pictures, skipped = read(context, rows, look)
-    return Batch(pictures) if pictures else None, skipped
+    return read(context, rows, look)
+
+
+def as_batch(context: Context, looker: Looker, pictures: list[Looked]) -> Batch:
+    """The network sees one view at a time: nothing is stacked."""
+    return Batch(pictures)
 
 
 def background_of(context: Context) -> int | None:
