@@ -16,6 +16,8 @@ from pipeline.train_boxes import Detector, Localizer, run_detector, run_localize
 from tests.pipeline.boxed import drawn, save_network, scenes, write
 from zfnet.merging import iou
 
+PLACE = {"rank": 0, "world": 1, "device": "cpu", "decoders": 0, "checkpoint_steps": 100, "keep_epochs": ()}
+
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
@@ -66,7 +68,7 @@ def test_a_localizer_is_its_source_with_a_regressor(classifier, data, tmp_path, 
 
 def test_a_detector_begins_as_its_source_with_one_class_more(classifier, data, tmp_path):
     plan = detector_plan(classifier, data, tmp_path, context="lower")
-    trainer = DetectorTrainer(plan, rank=0, world=1, device="cpu", decoders=0, checkpoint_steps=100)
+    trainer = DetectorTrainer(plan, **PLACE)
     network, source = trainer._first_network().state_dict(), tensors(classifier)
     assert network["fc8.weight"].shape[0] == len(CLASSES) + 1
     assert torch.equal(network["fc8.weight"][:-1], source["fc8.weight"])
@@ -121,7 +123,7 @@ def test_a_training_that_was_stopped_ends_with_the_same_bits(classifier, data, t
 @pytest.mark.parametrize("mining", ["random", "offending", "both"])
 def test_negatives_are_windows_of_the_background_a_few_of_each_view(classifier, data, tmp_path, mining):
     plan = detector_plan(classifier, data, tmp_path, mining=mining, negatives=3)
-    trainer = DetectorTrainer(plan, rank=0, world=1, device="cpu", decoders=0, checkpoint_steps=100)
+    trainer = DetectorTrainer(plan, **PLACE)
     trainer.classes = ("a", "b", BACKGROUND)
     label = torch.tensor([[2, 2, 2, 2, 2, 0, -1], [1, 1, 2, -1, 2, 0, 0], [0, 1, 0, 1, -1, -1, 1]])
     outputs = torch.randn(3, 7, 3, generator=torch.Generator().manual_seed(0))
@@ -141,7 +143,9 @@ def test_the_loss_is_the_squared_distance_of_the_edges_of_windows_that_show_a_bo
     model = Run.at(str(classifier)).load_model()
     known = train_boxes._plan(given, model, "overfeat_fast_small+class-boxes", train_boxes._recipe(given))
     plan = train_boxes.LocalizerPlan(**known, in_view=0.5, filled=0.0)
-    trainer = train_boxes.LocalizerTrainer(plan, rank=0, world=1, device="cpu", decoders=0, checkpoint_steps=100)
+    trainer = train_boxes.LocalizerTrainer(
+        plan, rank=0, world=1, device="cpu", decoders=0, checkpoint_steps=100, keep_epochs=()
+    )
     generator = torch.Generator().manual_seed(0)
     outputs, edges = torch.rand(2, 3, 2 * 4, generator=generator), torch.rand(2, 3, 4, generator=generator)
     label = torch.tensor([[0, -1, 1], [1, 1, -1]])
