@@ -52,8 +52,6 @@ ABOUT = {
     "multilabel": "Average precision of every class on images of several classes.",
     "retrieval": "The nearest images of every image, by a layer's features.",
     "dense_maps": "The probability of a class in every window of an image, at several scales.",
-    "localization": "Where an image's class is guessed to be: boxes.",
-    "detection": "What is found in an image, and where: boxes.",
     "skipped": "Samples that could not be read, and why.",
     "account": "Parts, attempts and seconds of every job.",
 }
