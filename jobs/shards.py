@@ -2,6 +2,8 @@
 
 python jobs/shards.py rendered
 
+python jobs/shards.py scenes --out shards/scenes
+
 python jobs/shards.py imagefolder photos --out shards/photos
 
 python jobs/shards.py index data --out shards/data
@@ -16,10 +18,11 @@ import tyro
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from pipeline import command
-from pipeline.sources.commands import Ilsvrc2012, ImageFolder, Index, Rendered, Torchvision, run
+from pipeline.sources.commands import Ilsvrc2012, ImageFolder, Index, Rendered, Scenes, Torchvision, run
 
 Command = (
     Annotated[Rendered, tyro.conf.subcommand("rendered")]
+    | Annotated[Scenes, tyro.conf.subcommand("scenes")]
     | Annotated[ImageFolder, tyro.conf.subcommand("imagefolder")]
     | Annotated[Torchvision, tyro.conf.subcommand("torchvision")]
     | Annotated[Ilsvrc2012, tyro.conf.subcommand("ilsvrc2012")]

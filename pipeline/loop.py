@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import Dataset
 from torchmetrics.classification import MulticlassAccuracy
 
 from pipeline import checkpoints, metrics, tables
@@ -37,6 +38,9 @@ _DTYPES = {"float32": torch.float32, "bf16": torch.float32, "float64": torch.flo
 class Plan:
     """What is trained on what; everything but the places decides the result."""
 
+    PLACES: ClassVar[tuple[str, ...]] = ("run", "data", "index")
+    """Fields that decide nothing."""
+
     run: str
     data: str
     index: str | None
@@ -55,6 +59,9 @@ class Plan:
 
 class Trainer:
     """One worker's part of a training."""
+
+    METRICS = metrics.METRICS
+    """Columns of its metrics."""
 
     def __init__(
         self,
@@ -97,18 +104,31 @@ class Trainer:
         batches = self._training_batches()
         while self.epoch < self.recipe.epochs:
             row = self._epoch(batches)
-            self.history.append(1 - row["validation_top1"])
+            self.history.append(self._error(row))
             if self.rank == 0:
-                metrics.write(self.run_directory, row)
+                metrics.write(self.run_directory, row, self.METRICS)
             self._checkpoint(inside=False)
         self._finish()
 
+    def _error(self, row: dict[str, Any]) -> float:
+        """What the learning rate's schedule goes by, of an epoch's metrics."""
+        return 1 - float(row["validation_top1"])
+
+    def _first_network(self) -> models.Classifier:
+        """The network before the first step. Parameters that want no gradient are not trained."""
+        network = models.build(self.plan.architecture, classes=len(self.classes))
+        recipe.initialise(network, self.recipe.init, self.plan.seed, self.recipe.ones)
+        return network
+
+    def _module(self) -> nn.Module:
+        """What is run on images in training."""
+        return self.network
+
     def _prepare(self) -> None:
         """Network, preprocessing and optimizer, fresh or from the newest checkpoint."""
-        self.network = models.build(self.plan.architecture, classes=len(self.classes))
+        self.network = self._first_network()
         name = self._newest_checkpoint()
         found = checkpoints.read(self.run_directory, name) if name else None
-        recipe.initialise(self.network, self.recipe.init, self.plan.seed, self.recipe.ones)
         if self.recipe.dropout is not None:
             recipe.set_dropout(self.network, self.recipe.dropout)
         self.network.to(self.dtype)
@@ -123,7 +143,7 @@ class Trainer:
         if self.recipe.channels_last:
             self.network.to(memory_format=torch.channels_last)
         self.optimizer = torch.optim.SGD(
-            self.network.parameters(),
+            [parameter for parameter in self.network.parameters() if parameter.requires_grad],
             lr=self.recipe.lr,
             momentum=self.recipe.momentum,
             weight_decay=self.recipe.weight_decay,
@@ -132,7 +152,8 @@ class Trainer:
             self.optimizer.load_state_dict(found.optimizer)
         if self.recipe.compile:
             self.network.compile()
-        self.parallel: nn.Module = self.network if self.world == 1 else DistributedDataParallel(self.network)
+        module = self._module()
+        self.parallel: nn.Module = module if self.world == 1 else DistributedDataParallel(module)
 
     def _prepare_images(self, found: Checkpoint | None) -> None:
         """Preprocessing with the mean image, and the axes of the colours' shifts."""
@@ -177,7 +198,11 @@ class Trainer:
             rank=self.rank,
             world=self.world,
         )
-        dataset = Images(
+        return iter(loader(self._training_images(), places, self.decoders))
+
+    def _training_images(self) -> Dataset[Any]:
+        """The training samples by place."""
+        return Images(
             self.images_index,
             self.train_rows,
             self.preprocessing,
@@ -185,7 +210,10 @@ class Trainer:
             self.recipe.smallest_crop,
             self.colours,
         )
-        return iter(loader(dataset, places, self.decoders))
+
+    def _validation_images(self) -> Dataset[Any]:
+        """The validation samples by place."""
+        return Images(self.images_index, self.validation_rows, self.preprocessing, self.plan.seed)
 
     @cached_property
     def _validation_loader(self) -> Any:
@@ -194,8 +222,7 @@ class Trainer:
             [(0, row) for row in mine[start : start + VALIDATION_BATCH]]
             for start in range(0, len(mine), VALIDATION_BATCH)
         ]
-        dataset = Images(self.images_index, self.validation_rows, self.preprocessing, self.plan.seed)
-        return loader(dataset, batches, min(self.decoders, 1))
+        return loader(self._validation_images(), batches, min(self.decoders, 1))
 
     def _epoch(self, batches: Iterator[Examples]) -> dict[str, Any]:
         """Train to the end of the epoch and validate; returns its row of metrics, the same on every rank."""
@@ -384,4 +411,4 @@ class Trainer:
 
 def describe(plan: Plan) -> dict[str, Any]:
     """What decides a training's result, ready for JSON."""
-    return {name: value for name, value in asdict(plan).items() if name not in ("run", "data", "index")}
+    return {name: value for name, value in asdict(plan).items() if name not in plan.PLACES}

@@ -39,30 +39,32 @@ METRICS = tables.schema(
     ],
 )
 
-MEANING = {
-    **{name: str(METRICS.field(name).metadata[b"doc"].decode()) for name in METRICS.names},
-    "step": "Steps of training so far.",
-}
+
+def _meaning(schema: pa.Schema) -> dict[str, str]:
+    return {name: str(schema.field(name).metadata[b"doc"].decode()) for name in schema.names}
+
+
+MEANING = {**_meaning(METRICS), "step": "Steps of training so far."}
 """Of the gauges of training, tagged `run`."""
 
 
-def write(run: Run, row: dict[str, float]) -> None:
+def write(run: Run, row: dict[str, float], schema: pa.Schema = METRICS) -> None:
     """Commit the row of one epoch."""
-    table = tables.conform({name: [row[name]] for name in METRICS.names}, METRICS)
+    table = tables.conform({name: [row[name]] for name in schema.names}, schema)
     tables.write(table, run.location / "metrics" / f"epoch-{int(row['epoch']):04d}.parquet", run.training)
-    gauge(run, {name: row[name] for name in METRICS.names})
+    gauge(run, {name: row[name] for name in schema.names}, _meaning(schema))
 
 
 def read(run: Run, after: int = 0) -> pa.Table:
     """The epochs so far but for the first `after`, in order; nothing is read where there are none."""
     location = run.location / "metrics"
     names = sorted(location.names())[after:]
-    return pa.concat_tables([METRICS.empty_table(), *(tables.read(location / name) for name in names)])
+    return pa.concat_tables([tables.read(location / name) for name in names] or [METRICS.empty_table()])
 
 
-def gauge(run: Run, values: dict[str, float]) -> None:
+def gauge(run: Run, values: dict[str, float], meaning: dict[str, str] | None = None) -> None:
     """Set Prometheus gauges zfnet_NAME, tagged with the run's name; nothing where Ray does not run."""
-    gauges.show(values, MEANING, run=run.location.name)
+    gauges.show(values, meaning or MEANING, run=run.location.name)
 
 
 def write_tensorboard(run: Run, rows: list[dict[str, float]]) -> None:
@@ -71,7 +73,7 @@ def write_tensorboard(run: Run, rows: list[dict[str, float]]) -> None:
 
     with SummaryWriter(str((run.location / "tensorboard").local)) as writer:
         for row in rows:
-            for name in set(METRICS.names) - {"epoch"}:
+            for name in set(row) - {"epoch"}:
                 writer.add_scalar(name, row[name], int(row["epoch"]))
 
 

@@ -160,8 +160,14 @@ def labelled(index: Index, split: str, classes: int) -> tuple[pa.Table, list[Ski
     return with_label(index.split(split), classes)
 
 
-def loader(images_: Images, batches: Any, decoders: int) -> DataLoader[Any]:
-    """A loader over batches of places, decoding ahead in `decoders` processes (0: in this one)."""
+def loader(images_: Any, batches: Any, decoders: int) -> DataLoader[Any]:
+    """A loader over batches of places, decoding ahead in `decoders` processes (0: in this one).
+
+    Args:
+        images_: a data set that takes lists of places, with the `index` of its shards.
+        batches: of places.
+        decoders: processes.
+    """
     return DataLoader(
         images_,
         batch_sampler=batches,

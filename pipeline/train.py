@@ -12,7 +12,7 @@ import os
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal
@@ -35,6 +35,8 @@ from zfnet.recipe import PRESETS, Colour, Initialisation, Precision, Recipe, Sch
 
 MAX_FAILURES = 3
 """How often Ray Train starts the workers again after one of them died."""
+
+Tell = Callable[[dict[str, Any], int, str], str]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,9 +118,23 @@ def run(options: Options, label: str = "train") -> int:
 
     Raises: RunError, BadShards, StorageError, CannotSchedule, SweepFailed, each with a message for the user.
     """
-    plan = _plan(options)
-    directory = Run.at(options.run)
     suggest("evaluate.py --run {run} --data {data}", run=options.run, data=options.data)
+    return carry_out(options, _plan(options), label=label)
+
+
+def carry_out(
+    options: Options, plan: Plan, trainer: type[Trainer] = Trainer, tell: Tell | None = None, label: str = "train"
+) -> int:
+    """Train as planned, or go on, with the `options` that decide no result. Returns the exit status.
+
+    Args:
+        options: where and how to train.
+        plan: what is trained.
+        trainer: what each worker runs.
+        tell: a row of its metrics, the number of epochs and the label -> what is said of it; default of a classifier.
+        label: what every line begins with that is said.
+    """
+    directory = Run.at(options.run)
     _refuse_places(options, directory)
     if _is_finished(directory, plan):
         say(f"{label}: finished already: {directory.location}")
@@ -126,7 +142,7 @@ def run(options: Options, label: str = "train") -> int:
         _claim(directory, plan)
         with lease.held(directory.training / "lease.json", directory.training, label):
             if not _is_finished(directory, plan):
-                _train(options, plan, directory, label)
+                _train(options, plan, trainer, tell or _told, label)
     clear(directory.training)
     return _status(directory, plan, options.max_skipped, label)
 
@@ -139,11 +155,12 @@ def _is_finished(directory: Run, plan: Plan) -> bool:
     return True
 
 
-def _train(options: Options, plan: Plan, directory: Run, label: str) -> None:
+def _train(options: Options, plan: Plan, trainer: type[Trainer], tell: Tell, label: str) -> None:
+    directory = Run.at(plan.run)
     say(f"{label}: {json.dumps(asdict(plan))}")
     started = time.time()
     try:
-        _run_workers(options, plan, directory, label)
+        _run_workers(options, plan, trainer, tell, label)
     except FORESEEN:
         if not _is_finished(directory, plan):
             raise
@@ -154,10 +171,10 @@ def _train(options: Options, plan: Plan, directory: Run, label: str) -> None:
     say(f"{label}: model {model_id} after {time.time() - started:.1f} s: {directory.location}")
 
 
-def _run_workers(options: Options, plan: Plan, directory: Run, label: str) -> None:
-    with _reporting(directory, plan.recipe.epochs, options.tensorboard, label):
+def _run_workers(options: Options, plan: Plan, trainer: type[Trainer], tell: Tell, label: str) -> None:
+    with _reporting(Run.at(plan.run), plan.recipe.epochs, options.tensorboard, tell, label):
         if options.workers.num == 0:
-            trainer = Trainer(
+            alone = trainer(
                 plan,
                 rank=0,
                 world=1,
@@ -166,9 +183,9 @@ def _run_workers(options: Options, plan: Plan, directory: Run, label: str) -> No
                 checkpoint_steps=options.checkpoint_steps,
                 keep_epochs=options.keep_epochs,
             )
-            trainer.run()
+            alone.run()
         else:
-            _on_ray(options, plan, directory)
+            _on_ray(options, plan, trainer)
 
 
 def _refuse_places(options: Options, directory: Run) -> None:
@@ -256,7 +273,7 @@ def _refuse_other(directory: Run, known: dict[str, Any], plan: Plan) -> None:
 
 
 @contextmanager
-def _reporting(directory: Run, epochs: int, tensorboard: bool, label: str) -> Iterator[None]:
+def _reporting(directory: Run, epochs: int, tensorboard: bool, tell: Tell, label: str) -> Iterator[None]:
     """Say each epoch as its metrics appear, and the pace inside one, wherever the workers run."""
     stop = threading.Event()
     said = metrics.read(directory).num_rows
@@ -269,7 +286,7 @@ def _reporting(directory: Run, epochs: int, tensorboard: bool, label: str) -> It
             ended = stop.wait(1.0)
             rows = metrics.read(directory, said).to_pylist()
             for row in rows:
-                _say_epoch(row, epochs, label)
+                say(tell(row, epochs, label))
             if rows and tensorboard:
                 metrics.write_tensorboard(directory, rows)
             said += len(rows)
@@ -305,9 +322,9 @@ def _say_pace(pace: dict[str, Any], epochs: int, label: str, steps: tqdm[Any] | 
     )
 
 
-def _say_epoch(row: dict[str, Any], epochs: int, label: str) -> None:
+def _told(row: dict[str, Any], epochs: int, label: str) -> str:
     left = clock(row["seconds"] * (epochs - row["epoch"]))
-    say(
+    return (
         f"{label}: epoch {row['epoch']}/{epochs}  loss {row['train_loss']:.3f}  top-1 {row['validation_top1']:.1%}  "
         f"top-5 {row['validation_top5']:.1%}  {row['images_per_second']:.0f} images/s  "
         f"waiting {row['data_wait_share']:.0%}  {left} left"
@@ -319,7 +336,7 @@ def least(options: Common) -> Workers:
     return options.workers if options.min_workers is None else replace(options.workers, num=options.min_workers)
 
 
-def _on_ray(options: Options, plan: Plan, directory: Run) -> None:
+def _on_ray(options: Options, plan: Plan, trainer: type[Trainer]) -> None:
     """Train on the cluster with Ray Train."""
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
     with cluster.connected(options.address):
@@ -328,6 +345,7 @@ def _on_ray(options: Options, plan: Plan, directory: Run) -> None:
         # Decoding takes about as much of a CPU as a small network does; torch's threads would only wait for it.
         config = {
             "plan": plan,
+            "trainer": trainer,
             "decoders": decoders,
             "threads": max(1, resources.cpus // 2),
             "checkpoint_steps": options.checkpoint_steps,
@@ -343,7 +361,7 @@ def _worker(config: dict[str, Any]) -> None:
     torch.set_num_threads(config["threads"])
     plan: Plan = config["plan"]
     require_visible(str(claim_of(Run.at(plan.run))))
-    trainer = Trainer(
+    trainer: Trainer = config["trainer"](
         plan,
         rank=rank,
         world=world,

@@ -10,7 +10,6 @@ whose middle lies outside.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -24,6 +23,7 @@ from torch import Tensor
 from pipeline import tables
 from pipeline.analysis import Analysis, Finished
 from pipeline.context import Batch, Context, Picture
+from pipeline.objects import objects_of
 from pipeline.progress import say
 from pipeline.projections import cut_to_image
 from pipeline.runs import Run, RunError, require_at_least_one
@@ -204,25 +204,15 @@ def _target(context: Context, picture: Picture, clean_class: int) -> int:
 
 def _object(context: Context, picture: Picture) -> Box | None:
     """The largest box of the sample's class, in input pixels; None where it has none that lies in the crop."""
-    crop, own = picture.crop, context.index.label_name(picture.sample.label)
+    crop, label = picture.crop, picture.sample.label
     found = []
-    for left, top, right, bottom in _boxes(picture.sample.members.get("json", b"{}"), own):
+    for top, left, bottom, right in objects_of(picture.sample, context.index.classes).of(
+        -1 if label is None else label
+    ):
         corners = crop.from_original(top, left)[:2] + crop.from_original(bottom, right)[:2]
         box = in_crop(corners, crop.size_px)
         found += [] if box is None else [box]
     return max(found, key=lambda box: box.area, default=None)
-
-
-def _boxes(text: bytes, label: str | None) -> Iterator[tuple[float, float, float, float]]:
-    """xyxy of the boxes with this label; nothing of what cannot be read."""
-    try:
-        for entry in json.loads(text)["boxes"]:
-            if entry["label"] == label:
-                left, top, right, bottom = (float(edge) for edge in entry["xyxy"])
-                if np.isfinite([left, top, right, bottom]).all() and right > left and bottom > top:
-                    yield left, top, right, bottom
-    except (ValueError, KeyError, TypeError):
-        return
 
 
 def _strongest(context: Context, x: Tensor) -> tuple[str, int, npt.NDArray[np.float32]]:

@@ -12,7 +12,7 @@ import tyro
 from pipeline import shards
 from pipeline.progress import say, suggest
 from pipeline.shards import BadShards
-from pipeline.sources import ilsvrc2012, imagefolder, rendered, torchvision
+from pipeline.sources import ilsvrc2012, imagefolder, rendered, scenes, torchvision
 from pipeline.sources.default import DEFAULT
 from pipeline.sources.writer import Source, write_shards
 from pipeline.storage import Location
@@ -50,6 +50,31 @@ class Rendered(Writing):
         for name in ("train", "val"):
             if getattr(self, name) < 0:
                 raise BadShards(f"--{name} is {getattr(self, name)}: give 0 or more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scenes(Writing):
+    """Draw scenes of the embedded data set's objects: one or several of an image, at any place, with boxes."""
+
+    out: str
+    """Folder for the shards: a local path, s3:// or gs://."""
+    train: int = scenes.Scenes.train
+    """Images to train on."""
+    val: int = scenes.Scenes.val
+    """Images to validate on."""
+    objects: tuple[int, int] = scenes.Scenes.objects
+    """Fewest and most objects of an image."""
+    radius: tuple[float, float] = scenes.Scenes.radius
+    """Smallest and largest object: radius of the disc of its area, as a part of the image's smallest side."""
+
+    @property
+    def source(self) -> scenes.Scenes:
+        """What draws them. Raises: BadShards for numbers that cannot be drawn."""
+        chosen = {name: getattr(self, name) for name in ("seed", "train", "val", "objects", "radius")}
+        try:
+            return scenes.Scenes(**chosen)
+        except ValueError as error:
+            raise BadShards(f"--{error}") from None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,6 +147,8 @@ def _source(command: Writing) -> tuple[Source, str]:
     match command:
         case Rendered():
             return rendered.Rendered(seed=command.seed, train=command.train, val=command.val), command.out
+        case Scenes():
+            return command.source, command.out
         case ImageFolder():
             share = command.validation_share
             return imagefolder.ImageFolder(folder=command.folder, validation_share=share), command.out

@@ -72,7 +72,7 @@ SHAPES: dict[str, Callable[[Plane, Plane], Plane]] = {
     "star": _star,
     "cross": _cross,
 }
-_REACH = 1.6  # radii from the centre that no shape exceeds
+REACH = 1.6  # radii from the centre that no shape exceeds
 
 # ---------------------------------------------------------------------------------------------------------------
 # Textures: share of the second colour, 0 to 1 with edges a pixel wide, from pixels x, y and the period in pixels.
@@ -96,6 +96,8 @@ def _dots(x: Plane, y: Plane, period_px: float) -> Plane:
 
 TEXTURES: dict[str, Callable[[Plane, Plane, float], Plane]] = {"stripes": _stripes, "checks": _checks, "dots": _dots}
 
+CLASSES = tuple(f"{shape} {texture}" for shape in SHAPES for texture in TEXTURES)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Rendered:
@@ -116,7 +118,7 @@ class Rendered:
     @property
     def classes(self) -> list[str]:
         """Names of the classes, "shape texture"; a class's place in the list is its number."""
-        return [f"{shape} {texture}" for shape in SHAPES for texture in TEXTURES]
+        return list(CLASSES)
 
     @property
     def splits(self) -> dict[str, int]:
@@ -152,7 +154,7 @@ class Rendered:
         label = self.classes[cls]
         return {
             "__key__": f"{split}-{number:06d}",
-            "jpg": _encode(picture, "JPEG", quality=int(rng.integers(*_JPEG_QUALITY, endpoint=True))),
+            "jpg": jpeg(rng, picture),
             "cls": cls,
             "json": {
                 "label": label,
@@ -160,12 +162,12 @@ class Rendered:
                 "width": width,
                 "height": height,
                 "mode": "RGB",
-                "boxes": [{"label": label, "xyxy": _box_xyxy_px(mask)}],
+                "boxes": [{"label": label, "xyxy": box_xyxy_px(mask)}],
                 "shape": shape,
                 "texture": texture,
                 **cause,
             },
-            "mask.png": _encode(mask, "PNG"),
+            "mask.png": png(mask),
         }
 
 
@@ -173,28 +175,45 @@ def _draw(
     rng: np.random.Generator, shape: str, texture: str
 ) -> tuple[NDArray[np.uint8], NDArray[np.uint8], dict[str, Any]]:
     """The picture (height x width x RGB), the object's mask (height x width, 0 or 255), and what they show."""
-    height, width = (int(side) for side in rng.integers(*_SIDE_PX, size=2, endpoint=True))
-    picture, background = _background(rng, height, width)
-    coverage, cause = _object(rng, picture, shape, texture)
-    picture += rng.uniform(*_NOISE) * rng.standard_normal(picture.shape, np.float32)
-    mask = np.where(coverage >= 0.5, np.uint8(255), np.uint8(0))
-    return np.clip(picture, 0, 255).astype(np.uint8), mask, {**cause, "background": background}
-
-
-def _object(rng: np.random.Generator, picture: Picture, shape: str, texture: str) -> tuple[Plane, dict[str, Any]]:
-    """Paint the object into `picture`; give how much of each pixel it covers, 0 to 1, and how it was drawn."""
+    picture, background = background_of(rng)
     height, width = picture.shape[:2]
     side = min(height, width)
     radius_px = rng.uniform(*_RADIUS) * side
     # It stays inside the central square, which networks crop from.
-    slack_px = side / 2 - _REACH * radius_px
-    centre_x, centre_y = (float(s / 2 + rng.uniform(-slack_px, slack_px)) for s in (width, height))
+    slack_px = side / 2 - REACH * radius_px
+    centre_xy = tuple(float(s / 2 + rng.uniform(-slack_px, slack_px)) for s in (width, height))
+    coverage, cause = paint(rng, picture, shape, texture, radius_px, centre_xy)
+    return finished(rng, picture), mask_of(coverage), {**cause, "background": background}
+
+
+def mask_of(coverage: Plane) -> NDArray[np.uint8]:
+    """255 where an object covers half of a pixel or more, else 0."""
+    return np.where(coverage >= 0.5, np.uint8(255), np.uint8(0))
+
+
+def finished(rng: np.random.Generator, picture: Picture) -> NDArray[np.uint8]:
+    """With grain, in whole steps."""
+    picture += rng.uniform(*_NOISE) * rng.standard_normal(picture.shape, np.float32)
+    return np.clip(picture, 0, 255).astype(np.uint8)
+
+
+def paint(
+    rng: np.random.Generator,
+    picture: Picture,
+    shape: str,
+    texture: str,
+    radius_px: float,
+    centre_xy: tuple[float, ...],
+) -> tuple[Plane, dict[str, Any]]:
+    """Paint an object into `picture`; give how much of each pixel it covers, 0 to 1, and how it was drawn."""
+    height, width = picture.shape[:2]
+    centre_x, centre_y = centre_xy
     rotation, texture_rotation = rng.uniform(0, 2 * math.pi, 2)
     period_px = rng.uniform(*_PERIOD) * radius_px
     colours = _colours(rng, _OBJECT_CONTRAST)
 
-    left, top = max(0, int(centre_x - _REACH * radius_px)), max(0, int(centre_y - _REACH * radius_px))
-    right, bottom = math.ceil(centre_x + _REACH * radius_px), math.ceil(centre_y + _REACH * radius_px)
+    left, top = max(0, int(centre_x - REACH * radius_px)), max(0, int(centre_y - REACH * radius_px))
+    right, bottom = math.ceil(centre_x + REACH * radius_px), math.ceil(centre_y + REACH * radius_px)
     window = picture[top:bottom, left:right]
     x, y = _pixels(window, centre_x - left, centre_y - top)
     u, v = _turn(x, y, rotation)
@@ -214,8 +233,9 @@ def _object(rng: np.random.Generator, picture: Picture, shape: str, texture: str
     }
 
 
-def _background(rng: np.random.Generator, height: int, width: int) -> tuple[Picture, dict[str, Any]]:
-    """Clouds of colour with a faint texture, blobs and lines, all drawn without knowledge of the class."""
+def background_of(rng: np.random.Generator) -> tuple[Picture, dict[str, Any]]:
+    """Clouds of colour with a faint texture, blobs and lines, of a random size, drawn without knowledge of a class."""
+    height, width = (int(side) for side in rng.integers(*_SIDE_PX, size=2, endpoint=True))
     side = min(height, width)
     texture = str(rng.choice(list(TEXTURES)))
     period_px = rng.uniform(*_PERIOD) * rng.uniform(*_RADIUS) * side
@@ -282,10 +302,20 @@ def _turn(x: Plane, y: Plane, angle: float) -> tuple[Plane, Plane]:
     return x * cosine + y * sine, y * cosine - x * sine
 
 
-def _box_xyxy_px(mask: NDArray[np.uint8]) -> list[int]:
+def box_xyxy_px(mask: NDArray[np.uint8]) -> list[int]:
     """First column and row of the mask, and those after its last."""
     columns, rows = np.flatnonzero(mask.any(axis=0)), np.flatnonzero(mask.any(axis=1))
     return [int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1]
+
+
+def jpeg(rng: np.random.Generator, pixels: NDArray[np.uint8]) -> bytes:
+    """A JPEG of a random quality."""
+    return _encode(pixels, "JPEG", quality=int(rng.integers(*_JPEG_QUALITY, endpoint=True)))
+
+
+def png(pixels: NDArray[np.uint8]) -> bytes:
+    """A PNG."""
+    return _encode(pixels, "PNG")
 
 
 def _encode(pixels: NDArray[np.uint8], encoding: str, **options: Any) -> bytes:

@@ -24,6 +24,7 @@ from zfnet.models.foreign import (
     torchvision_tensors,
     torchvision_weights,
 )
+from zfnet.models.heads import HeadedNetwork
 from zfnet.models.layers import Architecture, Network
 from zfnet.models.overfeat import NETWORKS as OVERFEAT
 from zfnet.models.variants import CLAIMS, variants
@@ -74,7 +75,8 @@ def build(name: str, classes: int = CLASSES) -> Classifier:
 
     Args:
         name: one of `names()`, "torchvision:NAME", "package.module:function", or a part of the latter two, as
-            "torchvision:alexnet.features". A function's parameter `classes` or `num_classes`, where it has one, gets
+            "torchvision:alexnet.features"; or an OverFeat network with heads, as "overfeat_fast+boxes"
+            (`zfnet.models.heads`). A function's parameter `classes` or `num_classes`, where it has one, gets
             the number of classes.
         classes: outputs of the last layer; ImageNet has 1000.
 
@@ -86,7 +88,9 @@ def build(name: str, classes: int = CLASSES) -> Classifier:
     if classes < 1:
         raise ValueError(f"classes is {classes}: a classifier has at least 1; give the number of your labels")
     if ":" not in name:
-        return cast(Classifier, Network(_architecture(name), classes))
+        base, *heads = name.split("+")
+        table = _architecture(base)
+        return cast(Classifier, HeadedNetwork(table, classes, tuple(heads)) if heads else Network(table, classes))
     network = cast(Classifier, build_foreign(name, classes))
     if not hasattr(network, "input_px"):
         network.input_px = preprocessing_of(name).crop_px
@@ -108,7 +112,7 @@ def preprocessing_of(name: str, weights: str = "DEFAULT") -> Preprocessing:
         return torchvision_preprocessing(name, weights)
     if ":" in name:
         return Preprocessing(resize_px=PAPERS_RESIZE_PX, crop_px=PAPERS_CROP_PX)
-    architecture = _architecture(name)
+    architecture = _architecture(name.split("+")[0])
     return Preprocessing(resize_px=architecture.resize_px, crop_px=architecture.input_px)
 
 

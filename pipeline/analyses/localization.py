@@ -1,0 +1,259 @@
+"""Where the image's object is: five guesses of a class and a box each (OverFeat section 4).
+
+The regressor predicts a box from every window at every scale; those of each scale's five best classes are merged within
+their class. Three tables: `localization`, a row for each guess; `localization_images`, a row for each image with what
+was wrong; `localization_windows`, the windows that the best guess's class was seen in. An image is right where one of
+its guesses has its class and an IoU of one half or more with an object of it, the contest's criterion.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from pipeline import tables
+from pipeline.analyses import looked
+from pipeline.analyses.looked import BOX, PART, SLICE, Batch, Looking, Row, box_columns, names_of
+from pipeline.analysis import Analysis, Finished
+from pipeline.context import Context, Options
+from pipeline.progress import say
+from pipeline.runs import Run, RunError, require_at_least_one
+from pipeline.storage import Location
+from zfnet.detection import RIGHT
+from zfnet.localization import Found, Looker, Seen, first_of_each_class, merged, top_classes
+from zfnet.merging import Edges, iou
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(Looking):
+    """What decides the content of localization."""
+
+    classes_per_scale: int = 5
+    """Classes of each scale whose boxes are merged: the paper's k, which it does not give."""
+    guesses: int = 5
+    """Classes and boxes of an image at most."""
+    least: float = 0.05
+    """Confidence of a window that takes part."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_at_least_one(self, "classes_per_scale", "guesses")
+        if not 0 <= self.least < 1:
+            raise RunError(f"--least is {self.least}: give a confidence from 0 to 1")
+
+
+_HEAD = [tables.MODEL_ID, tables.DATA_ID, tables.KEY, tables.SHARD, tables.LABEL, tables.LABEL_NAME]
+_CLASS = [
+    tables.column("class", pa.int32(), "Class that is guessed."),
+    tables.column("class_name", pa.string(), "Its name."),
+]
+
+
+def _or_null(name: str, kind: pa.DataType, doc: str) -> pa.Field:
+    return tables.column(name, kind, doc, nullable=True)
+
+
+LOCALIZATION = tables.schema(
+    "localization",
+    row="a guess of an image: a class and a box",
+    file="",
+    key=("key", "rank"),
+    columns=[
+        *_HEAD,
+        tables.column("rank", pa.int32(), "Place among the image's guesses, from 1."),
+        *_CLASS,
+        tables.column("score", pa.float64(), "Sum of the confidences of the windows that the box was merged from."),
+        *BOX,
+        tables.column("windows", pa.int32(), "Windows that the box was merged from."),
+        _or_null("iou", pa.float64(), "Largest IoU with an object of the class; null where the image has none."),
+    ],
+)
+
+IMAGES = tables.schema(
+    "localization_images",
+    row="an image, and what was wrong with its guesses",
+    file="",
+    key=("key",),
+    columns=[
+        *_HEAD,
+        tables.column("objects", pa.int32(), "Usable boxes of the image's class."),
+        tables.column("refused", pa.int32(), "Boxes that cannot be used: without an area, or of no known class."),
+        _or_null("outcome", pa.string(), "right, poor_overlap, confused_class or missed (no guess); null: no object."),
+        _or_null("right_rank", pa.int32(), "First guess that is right."),
+        _or_null("iou", pa.float64(), "Largest IoU of a guess of the image's class with an object of it."),
+        _or_null("centred_iou", pa.float64(), "Largest IoU of the centred box with an object of the image's class."),
+    ],
+)
+"""The centred box has the mean height and width of all objects, as shares of their images', and the image's middle."""
+
+WINDOWS = tables.schema(
+    "localization_windows",
+    row="a window that was sure of the class of the image's best guess",
+    file="",
+    key=("key", "scale", "window_top", "window_left"),
+    columns=[
+        *_HEAD,
+        tables.column("scale", pa.int32(), "Scale of the image, 1 to 6."),
+        *_CLASS,
+        tables.column("confidence", pa.float64(), "Probability of the class in the window."),
+        tables.column("window_top", pa.float64(), "First row of the window in original pixels."),
+        tables.column("window_left", pa.float64(), "First column of the window."),
+        tables.column("window_height", pa.float64(), "Height of the window."),
+        tables.column("window_width", pa.float64(), "Width of the window."),
+        *BOX,
+    ],
+)
+
+
+def part_schema(config: Config) -> pa.Schema:
+    """Columns of a part: an image's lists."""
+    return PART
+
+
+def map_batch(context: Context, looker: Looker, batch: Batch) -> pa.Table:
+    """Guesses of each image."""
+    config: Config = context.config
+    background = looked.background_of(context)
+
+    def find(seen: list[Seen]) -> Found:
+        classes = [top_classes(one, config.classes_per_scale, background) for one in seen]
+        found = merged(seen, classes, config.least, config.threshold, config.average)
+        return first_of_each_class(found, config.guesses)
+
+    return looked.map_pictures(looker, batch, find, looked.best_windows(config.least))
+
+
+def fold(context: Context, parts: list[Location], slices: list[str]) -> Iterator[Finished]:
+    """The three tables, in index order."""
+    yield Finished("localization", SLICE, LOCALIZATION, (_guesses(context, row) for row in looked.rows(context, parts)))
+    shares = [_shares(row) for row in looked.rows(context, parts)]
+    size = np.concatenate([np.zeros((0, 2)), *shares])
+    centred = size.mean(0) if len(size) else None
+    images = [_image(context, row, centred) for row in looked.rows(context, parts)]
+    table = tables.conform({name: [image[name] for image in images] for name in IMAGES.names}, IMAGES)
+    yield Finished("localization_images", SLICE, IMAGES, iter([table]))
+    windows = (_windows(context, row) for row in looked.rows(context, parts))
+    yield Finished("localization_windows", SLICE, WINDOWS, windows)
+
+
+def _head(context: Context, row: Row, count: int) -> dict[str, Any]:
+    name = None if row.label is None else context.model.classes[row.label]
+    head = {**context.identity, "key": row.key, "shard": row.shard, "label": row.label, "label_name": name}
+    return {column: [value] * count for column, value in head.items()}
+
+
+def _largest(boxes: Edges, truths: Edges) -> float | None:
+    return float(iou(boxes[:, None], truths[None]).max()) if len(boxes) and len(truths) else None
+
+
+def _truths(row: Row, class_: int | None) -> Edges:
+    found: Edges = row.object_boxes[row.object_classes == (-1 if class_ is None else class_)]
+    return found
+
+
+def _guesses(context: Context, row: Row) -> pa.Table:
+    found = row.found
+    columns = {
+        **_head(context, row, len(found.classes)),
+        "rank": np.arange(len(found.classes)) + 1,
+        "class": found.classes,
+        "class_name": names_of(context, found.classes),
+        "score": found.scores,
+        **box_columns(found.boxes),
+        "windows": found.windows,
+        "iou": [
+            _largest(box[None], _truths(row, int(class_)))
+            for box, class_ in zip(found.boxes, found.classes, strict=True)
+        ],
+    }
+    return tables.conform(columns, LOCALIZATION)
+
+
+def _shares(row: Row) -> Edges:
+    """Heights and widths of the objects of the image's class as shares of the image's."""
+    boxes = _truths(row, row.label)
+    found: Edges = (boxes[:, 2:] - boxes[:, :2]) / (row.height, row.width)
+    return found
+
+
+def _image(context: Context, row: Row, centred: Edges | None) -> dict[str, Any]:
+    truths = _truths(row, row.label)
+    own = np.flatnonzero(row.found.classes == (-1 if row.label is None else row.label))
+    overlaps = [_largest(row.found.boxes[[place]], truths) or 0.0 for place in own] if len(truths) else []
+    right = [place for place, overlap in zip(own, overlaps, strict=True) if overlap >= RIGHT] if overlaps else []
+    outcome = None
+    if len(truths):
+        others = "confused_class" if len(row.found.classes) else "missed"
+        outcome = "right" if right else "poor_overlap" if len(own) else others
+    box = None
+    if centred is not None:
+        middle = np.array([row.height, row.width]) / 2
+        half = centred * (row.height, row.width) / 2
+        box = np.concatenate([middle - half, middle + half])[None]
+    return {
+        **{name: values[0] for name, values in _head(context, row, 1).items()},
+        "objects": len(truths),
+        "refused": len(row.refused),
+        "outcome": outcome,
+        "right_rank": int(right[0]) + 1 if right else None,
+        "iou": max(overlaps, default=None),
+        "centred_iou": None if box is None else _largest(box, truths),
+    }
+
+
+def _windows(context: Context, row: Row) -> pa.Table:
+    windows, count = row.windows, len(row.windows["window_scales"])
+    edges, boxes = (np.array(windows[f"window_{name}"], np.float64).reshape(-1, 4) for name in ("edges", "boxes"))
+    columns = {
+        **_head(context, row, count),
+        "scale": windows["window_scales"],
+        "class": windows["window_classes"],
+        "class_name": names_of(context, windows["window_classes"]),
+        "confidence": windows["window_confidences"],
+        **box_columns(edges, "window"),
+        **box_columns(boxes),
+    }
+    return tables.conform(columns, WINDOWS)
+
+
+def report(options: Options) -> None:
+    """Say the localisation error, and that of the centred box."""
+    table = "localization_images" if options.name is None else f"localization_images-{options.name}"
+    rows = tables.read(Run.at(options.run).slice(table, SLICE))
+    rows = rows.filter(pc.is_valid(rows["outcome"]))
+    if not rows.num_rows:
+        say(f"{table}: no image has an object of its class: errors are not known")
+        return
+    outcome, centred = np.array(rows["outcome"].to_pylist()), rows["centred_iou"].to_numpy() < RIGHT
+    confused = np.isin(outcome, ["confused_class", "missed"])
+    counts = ", ".join(
+        f"{(outcome == name).mean():.1%} {name}" for name in ("confused_class", "poor_overlap", "missed")
+    )
+    say(
+        f"{table}: localisation error {(outcome != 'right').mean():.1%} of {rows.num_rows} images ({counts}); a "
+        f"centred box of mean size errs on {centred.mean():.1%}, with these guesses of the class on "
+        f"{(centred | confused).mean():.1%}"
+    )
+
+
+ANALYSIS = Analysis(
+    table="localization",
+    tables=("localization", "localization_images", "localization_windows"),
+    module=__name__,
+    part_schema=part_schema,
+    slices=looked.slices,
+    samples=looked.samples,
+    setup=looked.setup,
+    decode=looked.decode,
+    batch=looked.as_batch,
+    map_batch=map_batch,
+    reduce_part=looked.reduce_part,
+    fold=fold,
+    forwards=lambda context: len(context.config.scales),
+    selects=(),
+)

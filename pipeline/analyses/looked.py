@@ -1,0 +1,266 @@
+"""What localization and detection have in common: a network's windows over an image, its objects, and a part's rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from pipeline import tables
+from pipeline.box_loop import BACKGROUND
+from pipeline.context import Context, read
+from pipeline.objects import Objects, objects_of
+from pipeline.runs import RunError, require_at_least_one
+from pipeline.shards import Sample, Skipped
+from pipeline.storage import Location
+from zfnet import images
+from zfnet.dense import Stride
+from zfnet.localization import Found, Looker, Seen, View
+from zfnet.merging import Average, Edges
+
+SLICE = "images"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Looking:
+    """How images are looked at, and boxes merged."""
+
+    scales: tuple[int, ...] = (1, 2, 4, 6)
+    """Scales of the image, 1 to 6, ascending."""
+    stride: Stride = "fine"
+    """Windows: with every offset of the last pool, or the first alone."""
+    threshold: float = 0.6
+    """Match score above which two boxes are not merged: distance of their centres in diagonals, plus 1 - IoU."""
+    average: Average = "confidence"
+    """Of merged boxes: weighted with the confidences of their windows, or plain, as the paper says."""
+    part_size: int = 64
+    """Images of a part, the unit of work and of resume."""
+    batch_size: int = 8
+    """Images that are decoded together; the network sees one view at a time."""
+
+    def __post_init__(self) -> None:
+        require_at_least_one(self, "part_size", "batch_size")
+        if not self.scales or list(self.scales) != sorted(set(self.scales)) or not {*self.scales} <= {*range(1, 7)}:
+            raise RunError(f"--scales is {self.scales}: give some of 1 to 6, ascending")
+        if not self.threshold >= 0:
+            raise RunError(f"--threshold is {self.threshold}: give 0 or more")
+
+
+_FLOATS, _INTS = pa.list_(pa.float64()), pa.list_(pa.int32())
+
+PART = pa.schema(
+    [
+        tables.KEY,
+        tables.SHARD,
+        tables.LABEL,
+        tables.column("image_height", pa.int32(), "Rows of the image."),
+        tables.column("image_width", pa.int32(), "Columns of the image."),
+        tables.column("object_classes", _INTS, "Class of each object."),
+        tables.column("object_boxes", _FLOATS, "Its edges in original pixels: top, left, bottom, right."),
+        tables.column("refused", pa.list_(pa.string()), "Why boxes of the sample cannot be used."),
+        tables.column("classes", _INTS, "Class of each final box, the highest score first."),
+        tables.column("scores", _FLOATS, "Its score."),
+        tables.column("boxes", _FLOATS, "Its edges in original pixels."),
+        tables.column("merged", _INTS, "Windows that it was merged from."),
+        tables.column("window_scales", _INTS, "Scale of each window that is kept."),
+        tables.column("window_classes", _INTS, "The class that it is kept for."),
+        tables.column("window_confidences", _FLOATS, "Its confidence in it."),
+        tables.column("window_edges", _FLOATS, "Where it lies in original pixels: top, left, bottom, right."),
+        tables.column("window_boxes", _FLOATS, "Edges of the box that it predicts."),
+    ]
+)
+"""A row an image; the fold makes rows of its lists."""
+
+
+@dataclass(frozen=True, eq=False)
+class Looked:
+    """A decoded sample: its views, and its objects."""
+
+    sample: Sample
+    size: tuple[int, int]
+    """Width and height in pixels."""
+    views: list[View]
+    objects: Objects
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """Images that are decoded together."""
+
+    pictures: list[Looked]
+
+
+def setup(context: Context, slices: list[str]) -> Looker:
+    """The network that looks. Raises: RunError for a model without a regressor of boxes."""
+    config: Any = context.config
+    network: Any = context.model.network
+    try:
+        return Looker(network, context.model.preprocessing, config.scales, config.stride)
+    except ValueError as error:
+        raise RunError(f"{context.run.location} holds {context.model.architecture}: {error}") from None
+
+
+def slices(context: Context) -> list[str]:
+    """One. Raises: RunError for a model without a regressor of boxes."""
+    context.model.require_classes(context.analysis)
+    setup(context, [])
+    return [SLICE]
+
+
+def samples(context: Context, slices: list[str]) -> pa.Table:
+    """All of the split."""
+    return context.index.split(context.split)
+
+
+def decode(context: Context, looker: Looker, rows: pa.Table) -> tuple[list[Looked], list[Skipped]]:
+    """The images, decoded, at every scale."""
+
+    def look(sample: Sample, number: int) -> Looked:
+        resized, size = images.decode_resized(sample.image, looker.sides_px, scaled=context.decode == "scaled")
+        return Looked(sample, size, looker.views(resized, size), objects_of(sample, context.model.classes))
+
+    return read(context, rows, look)
+
+
+def as_batch(context: Context, looker: Looker, pictures: list[Looked]) -> Batch:
+    """The network sees one view at a time: nothing is stacked."""
+    return Batch(pictures)
+
+
+def background_of(context: Context) -> int | None:
+    """The class of the background; None where the network knows none."""
+    classes = context.model.classes
+    return classes.index(BACKGROUND) if BACKGROUND in classes else None
+
+
+def map_pictures(looker: Looker, batch: Batch, find: Callable[[list[Seen]], Found], kept: KeptWindows) -> pa.Table:
+    """The part's rows of a batch.
+
+    Args:
+        find: what is said by the windows of an image -> its final boxes.
+        kept: which windows are told of.
+    """
+    rows = []
+    for picture in batch.pictures:
+        seen = looker.look(picture.views)
+        found = find(seen)
+        sample = picture.sample
+        row = {
+            "key": sample.key,
+            "shard": sample.shard,
+            "label": sample.label,
+            "image_height": picture.size[1],
+            "image_width": picture.size[0],
+            "object_classes": picture.objects.labels,
+            "object_boxes": picture.objects.boxes.ravel(),
+            "refused": [reason for _, reason in picture.objects.refused],
+            "classes": found.classes,
+            "scores": found.scores,
+            "boxes": found.boxes.ravel(),
+            "merged": found.windows,
+            **kept(seen, found),
+        }
+        rows.append(row)
+    return tables.conform({name: [row[name] for row in rows] for name in PART.names}, PART)
+
+
+KeptWindows = Callable[[list[Seen], Found], dict[str, Any]]
+_COLUMNS = ("window_scales", "window_classes", "window_confidences", "window_edges", "window_boxes")
+
+
+def no_windows(seen: list[Seen], found: Found) -> dict[str, Any]:
+    """None is told of."""
+    return {name: [] for name in _COLUMNS}
+
+
+def best_windows(least: float) -> KeptWindows:
+    """Those that are at least so confident of the class of the best box."""
+
+    def kept(seen: list[Seen], found: Found) -> dict[str, Any]:
+        if not len(found.classes):
+            return no_windows(seen, found)
+        class_ = int(found.classes[0])
+        picked = [(s, s.confidences[:, class_] >= least) for s in seen]
+        count = [int(some.sum()) for _, some in picked]
+        return {
+            "window_scales": np.repeat([s.scale for s in seen], count),
+            "window_classes": np.full(sum(count), class_),
+            "window_confidences": np.concatenate([s.confidences[some, class_] for s, some in picked]),
+            "window_edges": np.concatenate([s.windows[some] for s, some in picked]).ravel(),
+            "window_boxes": np.concatenate([s.of(class_)[some] for s, some in picked]).ravel(),
+        }
+
+    return kept
+
+
+def reduce_part(context: Context, results: list[pa.Table]) -> pa.Table:
+    """The rows of a part, in index order."""
+    return pa.concat_tables([PART.empty_table(), *results])
+
+
+@dataclass(frozen=True, eq=False)
+class Row:
+    """A row of a part, as arrays."""
+
+    key: str
+    shard: str
+    label: int | None
+    height: int
+    width: int
+    object_classes: Any
+    object_boxes: Edges
+    refused: list[str]
+    found: Found
+    windows: dict[str, Any]
+
+
+def rows(context: Context, parts: list[Location]) -> Iterator[Row]:
+    """The images of all parts, in index order. A label is the place of its name among the network's classes."""
+    known, names = context.model.classes, context.index.classes
+    for part in parts:
+        for row in tables.read(part).to_pylist():
+            name = names[row["label"]] if row["label"] is not None and row["label"] < len(names) else None
+            found = Found(
+                np.array(row["classes"], np.int64),
+                np.array(row["scores"], np.float64),
+                _edges(row["boxes"]),
+                np.array(row["merged"], np.int64),
+            )
+            yield Row(
+                row["key"],
+                row["shard"],
+                known.index(name) if name in known else None,
+                row["image_height"],
+                row["image_width"],
+                np.array(row["object_classes"], np.int64),
+                _edges(row["object_boxes"]),
+                row["refused"],
+                found,
+                {name: row[name] for name in _COLUMNS},
+            )
+
+
+def _edges(flat: list[float]) -> Edges:
+    return np.array(flat, np.float64).reshape(-1, 4)
+
+
+BOX = [
+    tables.column("box_top", pa.float64(), "First row of the box in original pixels."),
+    tables.column("box_left", pa.float64(), "First column of the box."),
+    tables.column("box_height", pa.float64(), "Height of the box."),
+    tables.column("box_width", pa.float64(), "Width of the box."),
+]
+
+
+def box_columns(edges: Edges, prefix: str = "box") -> dict[str, Any]:
+    """The columns of boxes [N, 4]."""
+    sides = (edges[:, 0], edges[:, 1], edges[:, 2] - edges[:, 0], edges[:, 3] - edges[:, 1])
+    return {f"{prefix}_{name}": side for name, side in zip(("top", "left", "height", "width"), sides, strict=True)}
+
+
+def names_of(context: Context, classes: Any) -> list[str]:
+    """Names of the network's classes."""
+    return [context.model.classes[int(class_)] for class_ in classes]
