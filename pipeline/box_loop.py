@@ -341,6 +341,10 @@ class LocalizerTrainer(BoxTrainer):
             parameter.requires_grad_(True)
         return network
 
+    def _optimizer(self, trained: list[nn.Parameter]) -> torch.optim.Optimizer:
+        """Adam: frozen features have whatever size their training gave them, and SGD's step grows with its square."""
+        return torch.optim.Adam(trained, lr=self.recipe.lr, weight_decay=self.recipe.weight_decay)
+
     def _module(self) -> nn.Module:
         return RegressedWindows(self.network, self.plan.stride)
 

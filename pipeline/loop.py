@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -21,7 +22,7 @@ from torchmetrics.classification import MulticlassAccuracy
 from pipeline import checkpoints, metrics, tables
 from pipeline.checkpoints import MEAN, Checkpoint
 from pipeline.mean import statistics
-from pipeline.runs import Run
+from pipeline.runs import Run, RunError
 from pipeline.shards import Index, Skipped
 from pipeline.stream import Examples, Images, labelled, loader, rank_batches
 from zfnet import models, recipe
@@ -142,12 +143,7 @@ class Trainer:
         self.network.to(self.device)
         if self.recipe.channels_last:
             self.network.to(memory_format=torch.channels_last)
-        self.optimizer = torch.optim.SGD(
-            [parameter for parameter in self.network.parameters() if parameter.requires_grad],
-            lr=self.recipe.lr,
-            momentum=self.recipe.momentum,
-            weight_decay=self.recipe.weight_decay,
-        )
+        self.optimizer = self._optimizer([each for each in self.network.parameters() if each.requires_grad])
         if found is not None:
             self.optimizer.load_state_dict(found.optimizer)
         if self.recipe.compile:
@@ -178,6 +174,10 @@ class Trainer:
             if self.recipe.colour != "none":
                 self.colours = recipe.colour_axes(measured.covariance, self.recipe.colour).numpy()
         self.preprocessing = Preprocessing(resize_px=resize_px, crop_px=self.network.input_px, mean=mean)
+
+    def _optimizer(self, trained: list[nn.Parameter]) -> torch.optim.Optimizer:
+        how = self.recipe
+        return torch.optim.SGD(trained, lr=how.lr, momentum=how.momentum, weight_decay=how.weight_decay)
 
     def _newest_checkpoint(self) -> str | None:
         """The whole checkpoint that is furthest: rank 0 looks, so that all begin at the same one."""
@@ -264,6 +264,11 @@ class Trainer:
             if self.step < end and self.step % self.checkpoint_steps == 0:
                 self._checkpoint(inside=True)
         images_, loss, right, skipped = self._sum(self.sums.clone()).tolist()
+        if not math.isfinite(loss):
+            raise RunError(
+                f"the loss is {loss} in epoch {self.epoch}: training has diverged; give a lower --lr than "
+                f"{self.recipe.lr:g}, and another --run"
+            )
         return {
             "train_samples": int(images_),
             "train_loss": loss / max(images_, 1),

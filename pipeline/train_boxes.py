@@ -88,7 +88,7 @@ class Localizer(Options):
     """Least share of the window that the box must cover to be trained on; the paper has no such bound."""
     epochs: int = 10
     """Passes over the training images."""
-    lr: float = 1e-2
+    lr: float = 1e-3
     """Highest learning rate; it falls to zero by a cosine."""
 
     def __post_init__(self) -> None:
@@ -107,9 +107,9 @@ class Detector(Options):
     """Windows of the background that are taken of each view."""
     mining: Mining = "both"
     """Which ones: drawn at random, those that look most like an object, or half of each."""
-    epochs: int = 10
+    epochs: int = 16
     """Passes over the training images."""
-    lr: float = 5e-3
+    lr: float = 1.5e-3
     """Highest learning rate; it falls to zero by a cosine."""
 
     def __post_init__(self) -> None:

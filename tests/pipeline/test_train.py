@@ -259,6 +259,13 @@ def test_what_is_refused_before_anything_is_written(make_shards, tmp_path, more,
     assert not run.exists()
 
 
+def test_a_training_that_diverges_says_so(make_shards, tmp_path):
+    data = make_shards(train=[24], val=[4])
+    with pytest.raises(RunError, match=r"the loss is (nan|inf) in epoch \d: training has diverged; give a lower --lr"):
+        train.run(options(tmp_path / "run", data, lr=1e9))
+    assert not (tmp_path / "run" / "run.json").exists()
+
+
 def test_labels_are_needed(tmp_path):
     data = tmp_path / "data"
     data.mkdir()
