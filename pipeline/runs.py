@@ -141,7 +141,15 @@ class Run:
             classes = tuple(described["classes"])
             network = models.build(described["architecture"], len(classes) or models.CLASSES).eval()
             models.load_tensors(network, tensors)
-        except (FileNotFoundError, KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
+        except (
+            FileNotFoundError,
+            KeyError,
+            TypeError,
+            ValueError,
+            AttributeError,
+            RuntimeError,
+            SafetensorError,
+        ) as error:
             raise RunError(
                 f"the model of {self.location} cannot be loaded: {str(error).strip()}; {path} and run.json must come "
                 "from the same training: bring both back, or train or import again into another --run"
