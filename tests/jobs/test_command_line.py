@@ -112,7 +112,7 @@ def refused(done: Done, *words: str) -> None:
         ("top9", ("--workers.num", "-1"), ("--workers.num is -1: give at least 0",)),
         ("shards", ("rendered", "--samples-per-shard", "0"), ("--samples-per-shard is 0: give at least 1",)),
         ("shards", ("rendered", "--seed", "-1"), ("--seed is -1: give 0 or more",)),
-        ("shards", (), ("rendered, imagefolder, torchvision, ilsvrc2012, index",)),
+        ("shards", (), ("rendered, scenes, imagefolder, torchvision, ilsvrc2012", "index")),
         ("shards", ("imagefolder", "photos"), ("--out",)),
     ],
 )

@@ -133,7 +133,7 @@ def one_rank(plan: Plan, rank: int, world: int, stop: int, meeting: Path) -> Non
     """What one worker does, with gloo between them and no Ray."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=world)
-    trainer = Stops(plan, rank=rank, world=world, device="cpu", decoders=0, checkpoint_steps=2)
+    trainer = Stops(plan, rank=rank, world=world, device="cpu", decoders=0, checkpoint_steps=2, keep_epochs=())
     trainer.stop = stop
     try:
         trainer.run()
