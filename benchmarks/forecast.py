@@ -88,7 +88,7 @@ def forecast(network: str, model: np.ndarray, images: int) -> dict[str, float]:
     case = Case(images, PART)
     start, decoding, commits = np.array(case.terms(NODE_CORES)) * model
     return {
-        "hours": round((start + decoding + commits / NODE_CORES) / 3600, 3),
+        "hours": round(float(start + decoding + commits / NODE_CORES) / 3600, 3),
         "parts": case.parts,
         "fold_hours": round(case.parts * 0.005 / 3600, 3),  # 53 s for 10,000 parts, docs/performance.md
         "maxima_gb": round(images * MAPS[network] * 8 / 1e9, 1),
