@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from pipeline.cluster import Decoders, Workers
-from pipeline.runs import Model, Run, RunError, require_name, runs_model
+from pipeline.runs import Model, Run, RunError, named, require_name, runs_model
 from pipeline.shards import Index, Sample, Skipped
 from pipeline.sources.default import DEFAULT
 from pipeline.storage import Location
@@ -123,7 +123,7 @@ class Context:
 
     def named(self, table: str) -> str:
         """A table of the analysis, as it is called in the run."""
-        return table if self.name is None else f"{table}-{self.name}"
+        return named(table, self.name)
 
     @property
     def identity(self) -> dict[str, str]:

@@ -16,7 +16,7 @@ import pyarrow as pa
 
 from pipeline import tables
 from pipeline.progress import say, suggest
-from pipeline.runs import Model, Run, RunError, environment, require_name, runs_model
+from pipeline.runs import Model, Run, RunError, environment, named, require_name, runs_model
 from zfnet.graph import Graph
 from zfnet.tracing import trace
 
@@ -104,7 +104,7 @@ def run(analysis: Derivation, options: Options, config: Any) -> int:
     run_ = Run.at(options.run)
     model = analysis.model(run_, config)
     size = model.preprocessing.crop_px
-    table = analysis.table if options.name is None else f"{analysis.table}-{options.name}"
+    table = named(analysis.table, options.name)
     context = Context(run_, model, trace(model.network, (3, size, size)), config, table)
     wanted = {slice_: _fingerprint(analysis, context, slice_) for slice_ in analysis.slices(context)}
     missing = run_.missing(table, wanted)

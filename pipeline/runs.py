@@ -260,6 +260,11 @@ def require_name(name: str | None) -> None:
         raise RunError(f"--name is {name!r}: give letters, digits, '.', '_' and '-', a letter or digit first")
 
 
+def named(table: str, name: str | None) -> str:
+    """What a table is called under --name."""
+    return table if name is None else f"{table}-{name}"
+
+
 def require_at_least_one(config: Any, *names: str) -> None:
     """Each of these options must be 1 or more. Raises: RunError."""
     for name in names:

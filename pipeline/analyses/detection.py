@@ -21,7 +21,7 @@ from pipeline.analyses.looked import BOX, PART, SLICE, Batch, Looking, Row, box_
 from pipeline.analysis import Analysis, Finished
 from pipeline.context import Context, Options
 from pipeline.progress import say
-from pipeline.runs import Run, RunError, require_at_least_one
+from pipeline.runs import Run, RunError, named, require_at_least_one
 from pipeline.storage import Location
 from zfnet.detection import (
     Fate,
@@ -277,7 +277,7 @@ def _class(context: Context, class_: int, known: _Class) -> dict[str, Any]:
 
 def report(options: Options) -> None:
     """Say the mAP, and what was wrong."""
-    table = "detection_classes" if options.name is None else f"detection_classes-{options.name}"
+    table = named("detection_classes", options.name)
     rows = tables.read(Run.at(options.run).slice(table, SLICE)).to_pandas()
     known = rows[rows.objects > 0]
     if not len(known):

@@ -22,7 +22,7 @@ from pipeline import tables
 from pipeline.analysis import Analysis, Finished
 from pipeline.context import Context, Options, read
 from pipeline.progress import say
-from pipeline.runs import Model, Run, RunError, require_at_least_one
+from pipeline.runs import Model, Run, RunError, named, require_at_least_one
 from pipeline.shards import Sample, Skipped, with_label
 from pipeline.storage import Location
 from pipeline.views import Crops, Viewer, Windows, checked_scales, sliding_of
@@ -412,7 +412,7 @@ def forwards(context: Context) -> int:
 def report(options: Options) -> None:
     """Say the errors of the finished evaluation."""
     run = Run.at(options.run)
-    name = "evaluation" if options.name is None else f"evaluation-{options.name}"
+    name = named("evaluation", options.name)
     if SLICE in run.manifest(name):
         (row,) = tables.read(run.slice(name, SLICE)).to_pylist()
         others = len(row["with_model_ids"])

@@ -25,7 +25,7 @@ from pipeline.analyses.evolution_cells import EPOCH, epoch_of
 from pipeline.derive import Context, Derivation
 from pipeline.progress import say
 from pipeline.projections import relative
-from pipeline.runs import Model, Run, RunError
+from pipeline.runs import Model, Run, RunError, named
 from zfnet.evolution import cosines, in_field
 
 TOGETHER = 64
@@ -201,7 +201,7 @@ ANALYSIS = Derivation(
 
 def report(run: str, name: str | None) -> None:
     """Say what the tables show: layer by layer the means over feature maps, epoch by epoch."""
-    table, compared = (n if name is None else f"{n}-{name}" for n in ("evolution", "evolution_convergence"))
+    table, compared = (named(n, name) for n in ("evolution", "evolution_convergence"))
     found = Run.at(run)
     last = epoch_of(_shown(found, table)[-1])
     cosine = pd.concat(

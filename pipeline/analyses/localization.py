@@ -22,7 +22,7 @@ from pipeline.analyses.looked import BOX, PART, SLICE, Batch, Looking, Row, box_
 from pipeline.analysis import Analysis, Finished
 from pipeline.context import Context, Options
 from pipeline.progress import say
-from pipeline.runs import Run, RunError, require_at_least_one
+from pipeline.runs import Run, RunError, named, require_at_least_one
 from pipeline.storage import Location
 from zfnet.detection import RIGHT
 from zfnet.localization import Found, Looker, Seen, first_of_each_class, merged, top_classes
@@ -223,7 +223,7 @@ def _windows(context: Context, row: Row) -> pa.Table:
 
 def report(options: Options) -> None:
     """Say the localisation error, and that of the centred box."""
-    table = "localization_images" if options.name is None else f"localization_images-{options.name}"
+    table = named("localization_images", options.name)
     rows = tables.read(Run.at(options.run).slice(table, SLICE))
     rows = rows.filter(pc.is_valid(rows["outcome"]))
     if not rows.num_rows:

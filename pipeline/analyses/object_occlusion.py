@@ -26,7 +26,7 @@ from pipeline.context import Batch, Context, Picture
 from pipeline.objects import objects_of
 from pipeline.progress import say
 from pipeline.projections import cut_to_image
-from pipeline.runs import Run, RunError, require_at_least_one
+from pipeline.runs import Run, RunError, named, require_at_least_one
 from pipeline.storage import Location
 from zfnet import deconv
 from zfnet.boxes import Box, Mask, elsewhere, in_crop, mask, shrunk, squares_on, support
@@ -259,7 +259,7 @@ def fold(context: Context, parts: list[Location], slices: list[str]) -> Iterator
 
 def report(run: str, name: str | None) -> None:
     """Say what the finished table shows."""
-    table = "object_occlusion" if name is None else f"object_occlusion-{name}"
+    table = named("object_occlusion", name)
     rows = tables.read(Run.at(run).slice(table, SLICE))
     boxed = rows.filter(pc.is_valid(rows["elsewhere_drop"]))
     of = f"{boxed.num_rows} of {rows.num_rows} images have a box of their class"

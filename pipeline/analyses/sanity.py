@@ -27,7 +27,7 @@ from pipeline.analysis import Analysis, Finished
 from pipeline.context import Batch, Context, Picture
 from pipeline.progress import say
 from pipeline.projections import cut_to_image
-from pipeline.runs import Run, RunError, require_at_least_one
+from pipeline.runs import Run, RunError, named, require_at_least_one
 from pipeline.storage import Location
 from zfnet import deconv
 from zfnet.deconv import Cells, Semantics
@@ -295,7 +295,7 @@ def fold(context: Context, parts: list[Location], layers: list[str]) -> Iterator
 
 def report(run: str, name: str | None) -> None:
     """Say what the finished table shows, layer by layer."""
-    table = "sanity" if name is None else f"sanity-{name}"
+    table = named("sanity", name)
     found = Run.at(run)
     for layer in found.manifest(table):
         rows = tables.read(found.slice(table, layer)).to_pandas()

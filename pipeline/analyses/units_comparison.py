@@ -17,7 +17,7 @@ from pipeline import derive, tables
 from pipeline.analyses.units import SCHEMA as UNITS
 from pipeline.derive import Context, Derivation, require_slices
 from pipeline.progress import say
-from pipeline.runs import Run, RunError
+from pipeline.runs import Run, RunError, named
 from zfnet.tracing import trace
 
 MEASURES = {
@@ -188,9 +188,9 @@ ANALYSIS = Derivation(
 
 def run(options: derive.Options, against: str) -> int:
     """Make the comparison with another run that is missing, and say what was found. Returns the exit status 0."""
-    config = Config(against=against, units="units" if options.name is None else f"units-{options.name}")
+    config = Config(against=against, units=named("units", options.name))
     derive.run(ANALYSIS, options, config)
-    table = "units_comparison" if options.name is None else f"units_comparison-{options.name}"
+    table = named("units_comparison", options.name)
     location = Run.at(options.run).slice(table, Run.at(against).load_model().model_id)
     say(paragraph(tables.read(location).to_pylist(), options.run, against))
     return 0
