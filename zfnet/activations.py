@@ -18,11 +18,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from zfnet.reduction import reduce_cells
+
 NONE = np.iinfo(np.int64).max
 """Sample number of an empty place of a TopK; sorts last."""
-
-_CACHE_BYTES = 2**19
-"""Of a core's cache: activations that are reduced together on a CPU."""
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float32]
@@ -84,42 +83,12 @@ def strongest(activation: Tensor) -> Strongest:
     if activation.dim() == 2:
         activation = activation[:, :, None, None]
     cells = activation.permute(0, 2, 3, 1).contiguous()  # maps innermost, as convolutions of an image leave them
-    rows, columns = cells.shape[1:3]
-    largest, total, active = (of_rows.unflatten(0, cells.shape[:2]) for of_rows in _reduce_rows(cells.flatten(0, 1)))
-    # The first row that holds the maximum, and in it the first column: torch.max documents the first of equals.
-    row = largest.max(1).indices
-    held = cells.gather(1, row[:, None, None].expand(-1, 1, columns, -1))[:, 0]
-    value, column = held.max(1)
-    found = Strongest(
-        value=value.to(torch.float32).cpu().numpy(),
-        position=(row * columns + column).to(torch.int32).cpu().numpy(),
-        total=total.sum((0, 1), dtype=torch.float64).cpu().numpy(),  # float32 within a row of a map only
-        active=active.sum((0, 1), dtype=torch.float64).to(torch.int64).cpu().numpy(),
-        shape=(rows, columns),
-    )
+    found = Strongest(*reduce_cells(cells), shape=(cells.shape[1], cells.shape[2]))
     if not np.isfinite(found.total).all():
         broken = (~torch.isfinite(activation)).flatten(2).any(-1).nonzero()
         if len(broken):
             raise NotFinite(*(int(v) for v in broken[0]))
     return found
-
-
-def _reduce_rows(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Of rows of cells [R, W, C]: maximum, sum, and number of cells above zero, each [R, C].
-
-    On a CPU all three are taken of so many rows as stay in the cache; a GPU takes all at once.
-    """
-    together = len(rows)
-    if rows.device.type == "cpu":
-        together = max(1, _CACHE_BYTES // max(1, rows[0].nbytes))
-    above = torch.empty_like(rows[:together])
-    reduced = [
-        # Ones as floats add up much faster than booleans do, and exactly: a row has fewer than 2^24 cells.
-        (piece.amax(1), piece.sum(1), torch.gt(piece, 0, out=above[: len(piece)]).sum(1))
-        for piece in rows.split(together)
-    ]
-    largest, total, active = (torch.cat(column) for column in zip(*reduced, strict=True))
-    return largest, total, active
 
 
 @dataclass(frozen=True, eq=False)
