@@ -128,8 +128,8 @@ class Graph:
         beneath = [layer for layer in self.layers if not self._has_unknown(self.ancestors([self.activation_of(layer)]))]
         return (
             f"{len(self.unknown)} of {len(self.operations)} operations are not understood ({'; '.join(named)}). "
-            "Sweeps work on every layer. Projections, and the occlusion job, which projects the last convolution, work "
-            f"for the layers beneath all of them: {', '.join(beneath) or 'none'}"
+            "Sweeps work on every layer. Projections, and the occlusion job, which projects the last hidden "
+            f"convolution, work for the layers beneath all of them: {', '.join(beneath) or 'none'}"
         )
 
     def _has_unknown(self, names: Collection[str]) -> bool:

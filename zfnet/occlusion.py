@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from zfnet.features import last_hidden_convolution
 from zfnet.graph import Graph
 from zfnet.incremental import Axis, Change, Incremental, Occluded
 
@@ -101,7 +102,7 @@ class Sensitivity:
 
     grid: Grid
     layer: str
-    """The last convolution."""
+    """The convolution whose strongest map is watched (`watched_layer`)."""
     feature_map: int
     """Of that layer, the one that holds the largest single activation for the clean image; the first of equals."""
     activation_map: Tensor
@@ -162,7 +163,7 @@ def sensitivity(
         raise ValueError(f"method={method!r} was given; expected 'incremental' or 'dense'")
     if not 0 <= refine <= 1 or memory_mb <= 0:
         raise ValueError(f"refine={refine}, memory_mb={memory_mb} were given; expected 0 to 1, and more than 0")
-    layer = graph.last_convolution
+    layer = watched_layer(graph)
     activation = graph.activation_of(layer)
     values = graph.run(clean[None], [activation, graph.output])
     _check_scores(values[graph.output], target)
@@ -197,6 +198,18 @@ def sensitivity(
         clean_probabilities=clean_probabilities,
         lowest_probabilities=_measure(occluded, lowest[None], target, int(memory_mb * 2**20), True).probabilities[0],
     )
+
+
+def watched_layer(graph: Graph) -> str:
+    """The convolution whose strongest map is watched: the last one before the classes, the paper's layer 5.
+
+    Where a convolution gives the classes (SqueezeNet), its maps are the classes' own scores and show nothing besides;
+    it is watched only where the network has no other. Raises: UnknownLayer where there is no convolution at all.
+    """
+    try:
+        return last_hidden_convolution(graph, classes=True)
+    except ValueError:
+        return graph.last_convolution
 
 
 class _Maps(NamedTuple):

@@ -2,9 +2,9 @@
 
 A row for each image. Where the sample has a box of its class (`boxes` in its json): the probability of the class with
 the box under grey, and with as many pixels outside it, around places drawn from a seed. Of a box that covers more than
-half of the input only the middle is hidden, as much as lies outside. And for the strongest map of the last convolution:
-how much of its activity is lost to a grey square whose middle lies in the support of the map's projection, against one
-whose middle lies outside.
+half of the input only the middle is hidden, as much as lies outside. And for the strongest map of the last hidden
+convolution: how much of its activity is lost to a grey square whose middle lies in the support of the map's projection,
+against one whose middle lies outside.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from pipeline.storage import Location
 from zfnet import deconv
 from zfnet.boxes import Box, Mask, elsewhere, in_crop, mask, shrunk, squares_on, support
 from zfnet.deconv import Cells
-from zfnet.occlusion import Grid
+from zfnet.occlusion import Grid, watched_layer
 
 SLICE = "images"
 
@@ -216,8 +216,8 @@ def _object(context: Context, picture: Picture) -> Box | None:
 
 
 def _strongest(context: Context, x: Tensor) -> tuple[str, int, npt.NDArray[np.float32]]:
-    """The last convolution, its map that holds the largest single activation, and that cell's projection in place."""
-    layer = context.graph.last_convolution
+    """The last hidden convolution, its map with the largest single activation, and that cell's projection in place."""
+    layer = watched_layer(context.graph)
     record = deconv.record(context.graph, x, [layer])
     maps = record.activation(layer)[0]
     feature_map, cell = divmod(int(maps.flatten().argmax()), maps[0].numel())

@@ -1,7 +1,7 @@
 """Occlusion: what the network sees when a grey square hides part of the image (ZFNet section 4.2, figure 7).
 
 A row for each image and size of the occluder: the three maps of the paper over the square's positions (the summed
-activation of the strongest feature map of the last convolution layer, the probability of the true class, the most
+activation of the strongest feature map of the last hidden convolution, the probability of the true class, the most
 probable class), all from one set of forwards, with the grid's geometry, the clean prediction, and the strongest map's
 projection.
 """
@@ -26,7 +26,7 @@ from pipeline.storage import Location
 from pipeline.views import Seen
 from zfnet import deconv
 from zfnet.deconv import Cells, Semantics
-from zfnet.occlusion import Grid, Sensitivity, blurred, sensitivity
+from zfnet.occlusion import Grid, Sensitivity, blurred, sensitivity, watched_layer
 from zfnet.receptive import receptive_field
 
 SLICE = "images"
@@ -193,7 +193,7 @@ def slices(context: Context) -> list[str]:
     """One. Raises: RunError for an occluder that does not fit, keys or classes that do not occur; Unprojectable."""
     context.model.require_classes(context.analysis)
     blank = torch.zeros(1, *context.graph.input_shape, device=context.device)
-    deconv.record(context.graph, blank, [context.graph.last_convolution])  # refuses what cannot be projected
+    deconv.record(context.graph, blank, [watched_layer(context.graph)])  # refuses what cannot be projected
     grids_of(context)
     samples(context, [SLICE])
     return [SLICE]
@@ -329,7 +329,7 @@ def _describe(context: Context, picture: Picture, found: Sensitivity) -> dict[st
 
 def _strongest_projection(context: Context, batch: Batch, feature_map: int) -> dict[str, Any]:
     """Panel (c) of the figure: the strongest map's strongest cell, projected for this image."""
-    layer = context.graph.last_convolution
+    layer = watched_layer(context.graph)
     record = deconv.record(context.graph, batch.x, [layer])
     strongest = record.activation(layer)[0, feature_map]
     row, col = divmod(int(strongest.flatten().argmax()), strongest.shape[1])

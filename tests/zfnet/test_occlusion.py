@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 from networks import Branches, chains, error, torchvision_network, zfnet_like
 from torch import nn
 
+from zfnet.graph import UnknownLayer
 from zfnet.incremental import ELEMENT, Incremental, Occluded
 from zfnet.models import build
-from zfnet.occlusion import Grid, blurred, sensitivity
+from zfnet.occlusion import Grid, blurred, sensitivity, watched_layer
 from zfnet.tracing import trace
 
 
@@ -272,6 +273,29 @@ def test_incremental_is_the_loop_on_torchvision_networks(name):
     grid = Grid(size, 25, 20, occluder_width_px=33, overhang="clip")
     got = sensitivity(trace(model, (3, size, size)), clean, filled, grid)
     assert error(got.probability_map, probability_twin(model, clean, filled, grid, got.target)) <= 1e-12
+
+
+@pytest.mark.parametrize("method", ["dense", "incremental"])
+def test_the_map_that_is_watched_is_hidden_where_a_convolution_gives_the_classes(method):
+    """SqueezeNet's last convolution is its classifier: its strongest map would be a class's own scores."""
+    model = torchvision_network("squeezenet1_1", seed=4).double()
+    for module in model.modules():
+        if isinstance(module, nn.ReLU):
+            module.inplace = False  # the twin's hook keeps what it is shown
+    clean, filled = image_and_fill(96)
+    grid = Grid(96, 25, 30)
+    got = sensitivity(trace(model, (3, 96, 96)), clean, filled, grid, method=method)
+    strongest, maps, _ = slow_twin(model, model.features[12].expand3x3_activation, clean, filled, grid, None)
+    assert (got.layer, got.feature_map) == ("features.12.expand3x3", strongest)
+    assert error(got.activation_map, maps[0]) <= 1e-12
+    assert error(got.probability_map, maps[1]) <= 1e-12
+
+
+def test_the_only_convolution_is_watched_though_it_gives_the_classes():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    assert watched_layer(trace(model, (3, 9, 9))) == "0"
+    with pytest.raises(UnknownLayer, match="no convolution"):
+        watched_layer(trace(nn.Sequential(nn.Flatten(), nn.Linear(12, 3)), (3, 2, 2)))
 
 
 @settings(max_examples=60, deadline=None)
