@@ -25,6 +25,7 @@ from functools import cached_property
 from typing import Any, cast
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -156,9 +157,11 @@ class Index:
             raise BadShards(f"there is no split {split!r} in {self.folder}: it has {', '.join(self.shards) or 'none'}")
 
     def data_id(self, split: str) -> str:
-        """Identity of a split's images: 16 hex digits over its shards' names, sizes and sha256, and the classes."""
+        """Identity of a split's images: 16 hex digits over its shards' names, sizes and sha256, and the classes; where
+        samples were chosen of them (`write_choice`), over those as well."""
         self._require(split)
-        shards = [[s["file"], s["samples"], s["bytes"], s["sha256"]] for s in self.shards[split]]
+        named = ("file", "samples", "bytes", "sha256", "chosen")
+        shards = [[s[name] for name in named if name in s] for s in self.shards[split]]
         return hashlib.sha256(json.dumps([shards, self.classes]).encode()).hexdigest()[:16]
 
     def label_name(self, label: int | None) -> str | None:
@@ -446,6 +449,40 @@ def write_index(
     (out / "classes.txt").write("".join(f"{_one_line(name)}\n" for name in classes).encode())
     (out / "index.json").write(json.dumps(index, indent=1).encode())
     return made
+
+
+def write_choice(index: Index, chosen: dict[str, npt.NDArray[np.int64]], out: Location) -> None:
+    """Write an index of some samples of an index, in splits of their own; the shards stay where they are.
+
+    Args:
+        index: the samples to choose from.
+        chosen: split of the new index -> rows of `index.samples`, in any order.
+        out: folder for the index.
+
+    Raises: BadShards for a key that occurs twice in a new split.
+    """
+    known = {shard["file"]: shard for some in index.shards.values() for shard in some}
+    pieces = [SAMPLES.empty_table()]
+    listed: dict[str, list[dict[str, Any]]] = {}
+    for split, places in chosen.items():
+        rows = index.samples.take(pa.array(np.sort(places)))
+        rows = tables.conform({**{name: rows[name] for name in SAMPLES.names}, "split": [split] * len(rows)}, SAMPLES)
+        keys: dict[str, list[str]] = {}
+        for file, key in zip(rows["shard"].to_pylist(), rows["key"].to_pylist(), strict=True):
+            keys.setdefault(file, []).append(key)
+        listed[split] = [
+            {**known[file], "samples": len(some), "chosen": hashlib.sha256(json.dumps(some).encode()).hexdigest()}
+            for file, some in keys.items()
+        ]
+        pieces.append(rows)
+    samples = pa.concat_tables(pieces)
+    made = Index(index.folder, index.classes, listed, samples)
+    for split in listed:
+        made.split(split)  # refuses repeated keys before anything is written
+    tables.write(samples, out / "samples.parquet")
+    splits = {split: {"samples": made.splits[split], "shards": some} for split, some in listed.items()}
+    found = {"folder": str(index.folder), "classes": list(index.classes), "splits": splits}
+    (out / "index.json").write(json.dumps(found, indent=1).encode())
 
 
 def _numbered(highest: int | None) -> list[str]:

@@ -48,6 +48,7 @@ ABOUT = {
     "sanity": "Projections with layers made random, and patches run forward again.",
     "features": "Every image's activations in a layer.",
     "transfer": "New classifiers on a layer's features: accuracy by images a class.",
+    "scratch": "Networks trained from scratch on the images that transfer trains on: accuracy by images a class.",
     "transfer_duplicates": "Images that another set holds, too.",
     "multilabel": "Average precision of every class on images of several classes.",
     "retrieval": "The nearest images of every image, by a layer's features.",

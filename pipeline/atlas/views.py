@@ -160,6 +160,7 @@ VIEWS: dict[str, tuple[View, ...]] = {
     "transfer": (
         Curves(title="Accuracy", x="images_per_class", y="accuracy", by=("layer", "classifier"), percent=True),
     ),
+    "scratch": (Curves(title="Accuracy", x="images_per_class", y="accuracy", by=("architecture",), percent=True),),
     "multilabel": (
         Means(title="Average precision", by="label_name", values=("average_precision",), percent=True, ranked=True),
     ),

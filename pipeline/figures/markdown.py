@@ -79,11 +79,15 @@ def _printed(error: float) -> str:
 
 
 def _transfer(source: Source) -> str:
-    found = source.rows("transfer", ["layer", "classifier", "images_per_class", "accuracy", "spread"])
+    points = ["images_per_class", "accuracy", "spread"]
+    found = source.rows("transfer", ["layer", "classifier", *points])
+    if source.run.manifest("scratch"):
+        found += source.rows("scratch", ["architecture", *points])
     counts = sorted({row["images_per_class"] for row in found})
     lines: dict[str, dict[int, str]] = {}
     for row in found:
-        cells = lines.setdefault(f"{row['classifier']} ({row['layer']})", {})
+        name = f"{row['classifier']} ({row['layer']})" if "layer" in row else f"from scratch ({row['architecture']})"
+        cells = lines.setdefault(name, {})
         cells[row["images_per_class"]] = _spread(100 * row["accuracy"], 100 * row["spread"], ".1f")
     rows = [[name, *(cells.get(count, "-") for count in counts)] for name, cells in lines.items()]
     theirs = [

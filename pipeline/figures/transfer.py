@@ -9,27 +9,33 @@ from matplotlib.figure import Figure
 
 from pipeline.figures.sheet import sheet
 from pipeline.figures.source import Row, Source
+from pipeline.runs import Run
 
-_COLUMNS = ["layer", "classifier", "images_per_class", "accuracy", "spread"]
+_POINT = ["images_per_class", "accuracy", "spread"]
+_COLUMNS = ["layer", "classifier", *_POINT]
 
 
 def draw(source: Source) -> Iterator[tuple[str, Figure]]:
-    """A line for each run, layer and classifier, with the spread over the folds. Raises: Missing."""
+    """A line for each run, layer and classifier, and for training from scratch where it was tried, with the spread over
+    the folds. Raises: Missing."""
     figure, ((axis,),) = sheet(1, 1, width=4.5, height=3.2)
-    rows = {"-": source.rows("transfer", _COLUMNS)}
-    names = {"-": source.run.location.name}
-    if source.against is not None:
-        rows["--"] = source.rows("transfer", _COLUMNS, run=source.against)
-        names["--"] = source.against.location.name
-    for style, name in names.items():
-        for layer, classifier in dict.fromkeys((row["layer"], row["classifier"]) for row in rows[style]):
-            line = [row for row in rows[style] if (row["layer"], row["classifier"]) == (layer, classifier)]
+    for style, run in {"-": source.run, "--": source.against}.items():
+        for label, line in _lines(source, run).items() if run is not None else ():
             counts, accuracy, spread = np.array(sorted(_point(row) for row in line)).T
-            label = f"{name}: {layer}, {classifier}"
             axis.errorbar(counts, accuracy, spread, fmt=f"o{style}", capsize=2, markersize=3, label=label)
     axis.set(xlabel="training images of each class", ylabel="accuracy (%), mean over classes")
     axis.legend()
     yield "figure9", figure
+
+
+def _lines(source: Source, run: Run) -> dict[str, list[Row]]:
+    """What each line is, and its rows."""
+    found: dict[str, list[Row]] = {}
+    for row in source.rows("transfer", _COLUMNS, run=run):
+        found.setdefault(f"{run.location.name}: {row['layer']}, {row['classifier']}", []).append(row)
+    for row in source.rows("scratch", ["architecture", *_POINT], run=run) if run.manifest("scratch") else ():
+        found.setdefault(f"{row['architecture']}, from scratch", []).append(row)
+    return found
 
 
 def _point(row: Row) -> tuple[float, float, float]:

@@ -32,6 +32,7 @@ from pipeline.analyses import (
     object_occlusion,
     retrieval,
     sanity,
+    scratch,
     top9,
     transfer,
     units,
@@ -63,6 +64,7 @@ SCHEMAS = {
     "invariance": invariance.INVARIANCE,
     "correspondence": correspondence.CORRESPONDENCE,
     "transfer": transfer.SCHEMA,
+    "scratch": scratch.SCHEMA,
     "multilabel": multilabel.SCHEMA,
     "retrieval": retrieval.SCHEMA,
 }

@@ -10,7 +10,17 @@ import torch
 from PIL import Image
 
 from pipeline import sweep, tables
-from pipeline.analyses import ablation, correspondence, deconv, evaluation, invariance, occlusion, top9, transfer
+from pipeline.analyses import (
+    ablation,
+    correspondence,
+    deconv,
+    evaluation,
+    invariance,
+    occlusion,
+    scratch,
+    top9,
+    transfer,
+)
 from pipeline.cluster import Workers
 from pipeline.context import Options
 from pipeline.figures import book, filters, markdown, masks, paper, sheet, source, tiles
@@ -159,6 +169,15 @@ def test_figures_of_tables_that_other_data_gives(run, tmp_path):
     points = figure.axes[0].containers[0].lines[0]
     np.testing.assert_array_equal(points.get_xdata(), [1, 5, 30])
     np.testing.assert_array_equal(points.get_ydata(), [25, 50, 75])
+    assert len(figure.axes[0].containers) == 2  # the run and the one it is set against
+    finish(other, "scratch", "30", scratch.SCHEMA, {
+        "architecture": ["zfnet_small"] * 2, "images_per_class": [30, 5],
+        "accuracy": [0.5, 0.125], "spread": [0.02, None],
+    })  # fmt: skip
+    ((_, figure),) = transfer_figure.draw(shown(other))
+    _, anew = figure.axes[0].containers
+    assert anew.get_label() == "zfnet_small, from scratch"
+    np.testing.assert_array_equal(anew.lines[0].get_xydata(), [[5, 12.5], [30, 50]])
     finish(other, "ablation", "zfnet", ablation.SCHEMA, {
         "variant": ["zfnet", "mine"], "change": ["as it is", "layer 7 removed"], "parameters": [62357608, 1000],
         "train_top1_error": [0.3, 0.5], "top1_error": [0.4, 0.5], "top5_error": [0.2, 0.25],
@@ -170,6 +189,7 @@ def test_figures_of_tables_that_other_data_gives(run, tmp_path):
     assert "| mine: layer 7 removed | 1,000 | 50.0 | 50.0 | 25.0 |" in text
     assert "| eye | 0.250 +- 0.125 |" in text
     assert "| svm (conv5) | 25.0 | 50.0 +- 2.0 | 75.0 +- 1.0 |" in text
+    assert "| from scratch (zfnet_small) | - | 12.5 | 50.0 +- 2.0 |" in text
     assert all(" | ".join(line) in text for line in paper.CORRESPONDENCE)
     assert [line.split(":")[0] for line in missing] == ["Table 2"]
 
