@@ -99,6 +99,30 @@ def _transfer(source: Source) -> str:
     return "\n\n".join([ours, "The paper's:", *theirs])
 
 
+def _multilabel(source: Source) -> str:
+    found = source.rows("multilabel", ["layer", "label_name", "average_precision"])
+    layers = list(dict.fromkeys(row["layer"] for row in found))
+    precision = {(row["label_name"], row["layer"]): row["average_precision"] for row in found}
+    names = dict.fromkeys(row["label_name"] for row in found)
+    rows = [[name, *(_percent(precision.get((name, layer), math.nan)) for layer in layers)] for name in names]
+    rows.append(
+        ["mean", *(_percent(_mean([v for (_, of), v in precision.items() if of == layer])) for layer in layers)]
+    )
+    theirs = ["PASCAL 2012", "Sande et al.", "Yan et al.", "ZFNet"]
+    return _both(["class", *layers], rows, theirs, paper.PASCAL)
+
+
+def _mean(values: Sequence[float]) -> float:
+    """Of those that there are."""
+    known = [value for value in values if not math.isnan(value)]
+    return math.fsum(known) / len(known) if known else math.nan
+
+
+def _percent(share: float) -> str:
+    """A dash where there is none."""
+    return "-" if math.isnan(share) else f"{100 * share:.1f}"
+
+
 def _spread(mean: float, spread: float, form: str) -> str:
     """Mean and spread; the mean alone where there is no spread."""
     return f"{mean:{form}}" + ("" if math.isnan(spread) else f" +- {spread:{form}}")
@@ -109,4 +133,5 @@ TABLES: dict[str, Callable[[Source], str]] = {
     "Table 2: classification errors, in percent": _errors,
     "Table 3: the network's parts, errors in percent": _ablation,
     "Tables 4, 5 and 7: transfer, accuracy in percent": _transfer,
+    "Table 6: several classes an image, average precision in percent": _multilabel,
 }

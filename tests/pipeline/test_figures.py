@@ -16,6 +16,7 @@ from pipeline.analyses import (
     deconv,
     evaluation,
     invariance,
+    multilabel,
     occlusion,
     scratch,
     top9,
@@ -183,7 +184,12 @@ def test_figures_of_tables_that_other_data_gives(run, tmp_path):
         "train_top1_error": [0.3, 0.5], "top1_error": [0.4, 0.5], "top5_error": [0.2, 0.25],
         "paper_train_top1_error": [0.331, None], "paper_top1_error": [0.384, None], "paper_top5_error": [0.165, None],
     })  # fmt: skip
+    for layer, values in {"conv5": [0.5, None], "fc7": [0.75, 0.25]}.items():
+        finish(other, "multilabel", layer, multilabel.SCHEMA, {
+            "layer": [layer] * 2, "label_name": ["cat", "dog"], "average_precision": values,
+        })  # fmt: skip
     text, missing = markdown.write(shown(other))
+    assert "| cat | 50.0 | 75.0 |\n| dog | - | 25.0 |\n| mean | 50.0 | 50.0 |" in text
     printed = "30.0 (paper: 33.1) | 40.0 (paper: 38.4) | 20.0 (paper: 16.5)"
     assert f"| zfnet: as it is | 62,357,608 | {printed} |" in text
     assert "| mine: layer 7 removed | 1,000 | 50.0 | 50.0 | 25.0 |" in text
