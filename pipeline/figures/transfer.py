@@ -18,13 +18,13 @@ _COLUMNS = ["layer", "classifier", *_POINT]
 def draw(source: Source) -> Iterator[tuple[str, Figure]]:
     """A line for each run, layer and classifier, and for training from scratch where it was tried, with the spread over
     the folds. Raises: Missing."""
-    figure, ((axis,),) = sheet(1, 1, width=4.5, height=3.2)
+    figure, ((axis,),) = sheet(1, 1, width=6.5, height=3.2)
     for style, run in {"-": source.run, "--": source.against}.items():
         for label, line in _lines(source, run).items() if run is not None else ():
             counts, accuracy, spread = np.array(sorted(_point(row) for row in line)).T
             axis.errorbar(counts, accuracy, spread, fmt=f"o{style}", capsize=2, markersize=3, label=label)
     axis.set(xlabel="training images of each class", ylabel="accuracy (%), mean over classes")
-    axis.legend()
+    figure.legend(loc="outside right upper")  # beside the lines: there may be two for every layer
     yield "figure9", figure
 
 
