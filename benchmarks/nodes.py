@@ -60,8 +60,8 @@ def sweeps(images: int) -> dict[str, tuple[Any, Any]]:
     """The analyses with their configurations, cut into PARTS."""
     return {
         "top9": (top9.ANALYSIS, top9.Config(part_size=images // PARTS)),
-        "deconv": (deconv.ANALYSIS, deconv.Config(layers=("conv3",), part_size=images // PARTS)),
-        "occlusion": (occlusion.ANALYSIS, occlusion.Config(first=PARTS, part_size=1, stride_px=16)),
+        "deconv": (deconv.ANALYSIS, deconv.Config(layers=("conv3", "conv4"), part_size=images // PARTS)),
+        "occlusion": (occlusion.ANALYSIS, occlusion.Config(first=2 * PARTS, part_size=2, stride_px=16)),
     }
 
 
