@@ -9,8 +9,6 @@ their held-out run, in shares of the measured time; `ratio` is 1 - error.
 """
 
 import argparse
-import contextlib
-import io
 import json
 import os
 import tempfile
@@ -23,13 +21,8 @@ import numpy as np
 import torch
 from scipy.optimize import nnls
 
-from benchmarks.scaling import DATA
-from benchmarks.sweep import clock, write_data, write_run
-from pipeline import sweep
-from pipeline.analyses import top9
-from pipeline.cluster import Workers
-from pipeline.context import Options
-from pipeline.storage import Location
+from benchmarks.scaling import DATA, whole_job
+from benchmarks.sweep import write_data, write_run
 
 GOALS = {"ImageNet validation": 50_000, "ImageNet training": 1_281_167, "a thousand million": 10**9}
 MAPS = {"zfnet": 1376, "zfnet_small": 320}
@@ -54,15 +47,6 @@ class Case:
         return [1.0, self.images / cores, float(self.parts)]
 
 
-def seconds_of(run: str, data: str, case: Case, threads: int) -> float:
-    """Of the whole job, its fold included; its results are deleted."""
-    options = Options(run=run, data=data, workers=Workers(num=0, cpus=threads))
-    with contextlib.redirect_stdout(io.StringIO()):
-        seconds = clock(lambda: sweep.run(top9.ANALYSIS, options, top9.Config(part_size=case.part_size)))
-    (Location.of(run) / "results").delete()
-    return seconds
-
-
 def fit(network: str, cases: Sequence[Case], threads: int, repeats: int) -> tuple[np.ndarray, float, dict[str, float]]:
     """Start-up, seconds of a core for an image, seconds of a part; the error on the last case; what was measured."""
     with tempfile.TemporaryDirectory() as name:
@@ -71,7 +55,7 @@ def fit(network: str, cases: Sequence[Case], threads: int, repeats: int) -> tupl
         times: dict[Case, list[float]] = {case: [] for case in cases}
         for repeat in range(repeats + 1):
             for case, some in times.items():
-                seconds = seconds_of(run, data[case.images], case, threads)
+                seconds = whole_job(run, data[case.images], threads, case.part_size)
                 some += [seconds] if repeat else []  # the first warms up
     measured = {case: median(some) for case, some in times.items()}
     *seen, held_out = cases

@@ -17,18 +17,16 @@ import multiprocessing
 import os
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
-from ray.cluster_utils import Cluster
 
 from benchmarks.sweep import write_data, write_run
-from benchmarks.training import pinned
+from benchmarks.training import nodes_on, pinned
 from pipeline import sweep
 from pipeline.analyses import deconv, occlusion, top9
 from pipeline.cluster import Workers
@@ -39,21 +37,6 @@ from zfnet import models
 DATA = ("../shared/data/caltech101/val-000000.tar", "../shared/data/caltech101/val-000001.tar")
 PARTS = 16
 ARCHITECTURE = "zfnet"
-
-
-@contextmanager
-def nodes_on(cores: Sequence[int]) -> Iterator[str]:
-    """A cluster with a node of one CPU on each of these cores; its address."""
-    ray_ = {"include_dashboard": False, "object_store_memory": 2**27}
-    with pinned(cores[0]):
-        cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, **ray_})
-    try:
-        for core in cores:
-            with pinned(core):
-                cluster.add_node(num_cpus=1, object_store_memory=2**27)
-        yield cluster.address
-    finally:
-        cluster.shutdown()
 
 
 def sweeps(images: int) -> dict[str, tuple[Any, Any]]:

@@ -33,11 +33,11 @@ DATA = tuple(
 )
 
 
-def whole_job(run: str, data: str, threads: int) -> float:
+def whole_job(run: str, data: str, threads: int, part_size: int = 256) -> float:
     """Seconds of the sweep, its fold included; its results are deleted."""
     options = Options(run=run, data=data, workers=Workers(num=0, cpus=threads))
     with contextlib.redirect_stdout(io.StringIO()):
-        seconds = clock(lambda: sweep.run(top9.ANALYSIS, options, top9.Config()))
+        seconds = clock(lambda: sweep.run(top9.ANALYSIS, options, top9.Config(part_size=part_size)))
     (Location.of(run) / "results").delete()
     return seconds
 

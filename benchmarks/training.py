@@ -68,6 +68,21 @@ def pinned(core: int | None) -> Iterator[None]:
         os.sched_setaffinity(0, before)
 
 
+@contextmanager
+def nodes_on(cores: Sequence[int | None]) -> Iterator[str]:
+    """A cluster with a node of one CPU on each of these cores, its head on the first; its address."""
+    ray_ = {"include_dashboard": False, "object_store_memory": 2**27}
+    with pinned(cores[0]):
+        cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, **ray_})
+    try:
+        for core in cores:
+            with pinned(core):
+                cluster.add_node(num_cpus=1, object_store_memory=2**27)
+        yield cluster.address
+    finally:
+        cluster.shutdown()
+
+
 def decode_alone(data: Path, batch: int) -> tuple[float, list[Any]]:
     """Images a second of reading and decoding one epoch, and its batches."""
     index = Index.load(str(data))
@@ -107,15 +122,7 @@ def steps_alone(batches: list[Any]) -> float:
 
 def trained(data: Path, run: Path, batch: int, epochs: int, cores: Sequence[int | None]) -> dict[str, float]:
     """Train on nodes of one CPU, one for each core, its processes pinned to it, head and driver to the first."""
-    with pinned(cores[0]):
-        cluster = Cluster(
-            initialize_head=True,
-            head_node_args={"num_cpus": 0, "include_dashboard": False, "object_store_memory": 2**27},
-        )
-    try:
-        for core in cores:
-            with pinned(core):
-                cluster.add_node(num_cpus=1, object_store_memory=2**27)
+    with nodes_on(cores) as address:
         options = train.Options(
             run=str(run),
             data=str(data),
@@ -123,15 +130,13 @@ def trained(data: Path, run: Path, batch: int, epochs: int, cores: Sequence[int 
             epochs=epochs,
             batch=batch,
             decoders=0,
-            address=cluster.address,
+            address=address,
             workers=Workers(num=len(cores), cpus=1, gpus=0),
         )
         started = time.perf_counter()
         with pinned(cores[0]):
             train.run(options)
         wall = time.perf_counter() - started
-    finally:
-        cluster.shutdown()
     rows = metrics.read(Run.at(str(run))).to_pylist()
     return {
         "rate": statistics.median(row["images_per_second"] for row in rows[1:]),

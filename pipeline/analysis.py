@@ -4,19 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import pyarrow as pa
 
 from pipeline.context import Context, centre_crops, normalised
-from pipeline.runs import Model, Run, RunError, runs_model
+from pipeline.fold import Parts
+from pipeline.runs import Model, Run, runs_model
 from pipeline.shards import Skipped
-from pipeline.storage import Location
-
-FAN_IN = 64
-"""States merged at once by a fold: always the same tree, whatever the number of workers."""
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -94,7 +89,7 @@ class Analysis:
     """Batch -> anything; runs without gradients, for several batches at once in threads."""
     reduce_part: Callable[[Context, list[Any]], pa.Table]
     """The results of all batches of a part, in order -> its rows."""
-    fold: Callable[[Context, list[Location], list[str]], Iterator[Finished]]
+    fold: Callable[[Context, Parts, list[str]], Iterator[Finished]]
     """Parts in order, slices -> the finished files."""
     forwards: Callable[[Context], int] = lambda context: 1
     """How many times a sample goes through the network, altered copies counted, for --plan."""
@@ -106,29 +101,3 @@ class Analysis:
     def written(self, context: Context) -> tuple[str, ...]:
         """All tables that the fold writes."""
         return (*self.tables, *self.further(context))
-
-
-def fold_tree(states: Iterator[T], merge: Callable[[list[T]], T], fan_in: int = FAN_IN) -> T:
-    """Merge states in order, always by the same tree: `fan_in` neighbours at a time, level by level.
-
-    Raises: RunError for no states.
-    """
-    levels: list[list[T]] = []
-    for state in states:
-        _push(levels, 0, state, merge, fan_in)
-    if not levels:
-        raise RunError("not one image could be read: there is nothing to fold; see results/skipped")
-    for level in range(len(levels)):
-        if levels[level] and (level + 1 < len(levels) or len(levels[level]) > 1):
-            _push(levels, level + 1, merge(levels[level]), merge, fan_in)
-            levels[level] = []
-    return levels[-1][0]
-
-
-def _push(levels: list[list[T]], level: int, state: T, merge: Callable[[list[T]], T], fan_in: int) -> None:
-    if level == len(levels):
-        levels.append([])
-    levels[level].append(state)
-    if len(levels[level]) == fan_in:
-        _push(levels, level + 1, merge(levels[level]), merge, fan_in)
-        levels[level] = []

@@ -9,23 +9,30 @@ import signal
 import socket
 import tempfile
 import threading
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import ray
 import ray.data
 
 from pipeline.progress import say
 
+S = TypeVar("S")
+T = TypeVar("T")
+
 OBJECT_STORE_BYTES = 512 * 2**20
-"""Of a cluster that a job starts for itself: only account rows pass through it."""
+"""Of a cluster that a job starts for itself: account rows pass through it, and what a fold's groups become."""
 
 PARTS_AT_ONCE = 2
 """Of one actor: while the last batches of a part are waited for and its rows committed, the next one begins."""
+
+TASKS_AT_ONCE = 16
+"""Results of tasks that are under way or wait for the driver: its memory and the object store hold no more."""
 
 _MARK = 0.001
 """How much an actor asks of a resource that only marks nodes: a thousand actors find room on each of them."""
@@ -384,6 +391,39 @@ def _through(dataset: ray.data.Dataset, stage: Stage, parts: int) -> ray.data.Da
         num_gpus=stage.resources.gpus or None,
         resources=stage.resources.marks or None,
     )
+
+
+def in_tasks(do: Callable[[S], T], given: Iterable[S], on: str | None = None) -> Iterator[T]:
+    """`map` in Ray tasks of one CPU each, on nodes with the resource `on`: the results in order, as they are asked for.
+
+    Raises: what `do` raises; CannotSchedule where the workers of a task died several times.
+    """
+    marks = Resources(0, 1, 0.0, on).marks
+    task, sent = ray.remote(_do).options(num_cpus=1, resources=marks), ray.put(do)
+    under_way: deque[Any] = deque()
+    for one in given:
+        under_way.append(task.remote(sent, one))
+        if len(under_way) == TASKS_AT_ONCE:
+            yield _result(under_way.popleft())
+    while under_way:
+        yield _result(under_way.popleft())
+
+
+def _do(do: Callable[[S], T], one: S) -> T:
+    return do(one)
+
+
+def _result(reference: Any) -> Any:
+    try:
+        return ray.get(reference)
+    except ray.exceptions.RayTaskError as error:
+        raise error.cause from None
+    except ray.exceptions.RayError as error:
+        first = str(error).splitlines()[0]
+        raise CannotSchedule(
+            f"a task of the fold was lost again and again ({first}): its workers die (out of memory?), or their nodes "
+            "go. What is done is kept: give the same command again, with --workers.num 0 to fold in one process"
+        ) from None
 
 
 def _in_process(actor: Any, parts: list[dict[str, Any]]) -> Iterator[Any]:

@@ -12,8 +12,9 @@ import itertools
 import json
 import time
 import uuid
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import asdict, replace
+from functools import partial
 from typing import Any
 
 from pipeline import cluster, lease, plan, tables
@@ -23,12 +24,16 @@ from pipeline.cluster import Resources, Stage
 from pipeline.context import Context, Options, open_context
 from pipeline.decoder import Decoder
 from pipeline.errors import FORESEEN, SweepFailed
+from pipeline.fold import Parts
 from pipeline.progress import EXIT_SKIPPED, Progress, say, suggest
 from pipeline.shards import Skipped
 from pipeline.sources.default import shards_or_default
 from pipeline.storage import Location
 from pipeline.watch import Watch
 from pipeline.work import Work, begun, clear_finished, fingerprint, reasons
+
+_MANY = 1024
+"""Parts from which on a fold goes to Ray tasks: fewer are folded before the tasks' processes have started."""
 
 _NAMED = 5
 """Parts that a message names; the others are in the table."""
@@ -92,11 +97,17 @@ def _map_and_fold(analysis: Analysis, options: Options, work: Work, missing: lis
     say(f"{context.table}: {json.dumps(context.decides(analysis.selects))}")
     say(f"{context.table}: {_listed(missing)}; {work.samples} images, {len(todo)} of {len(work.parts)} parts to do")
     _say_what_was_given_up(work, options)
-    if todo:
-        begun = work.begun()  # what did not end before may kill its worker again: all else is done by then
-        with nullcontext() if options.workers.num == 0 else cluster.connected(options.address):
+    in_tasks = len(work.parts) >= _MANY and options.workers.num != 0
+    with ExitStack() as ray_:
+        if in_tasks or (todo and options.workers.num != 0):
+            ray_.enter_context(cluster.connected(options.address))
+        if todo:
+            begun = work.begun()  # what did not end before may kill its worker again: all else is done by then
             _map(analysis, options, work, sorted(todo, key=lambda number: (number in begun, number)))
-    _fold(analysis, options, work, missing, started)
+        if not in_tasks:
+            ray_.close()  # a cluster that goes from now on does not matter
+        each = partial(cluster.in_tasks, on=options.workers.on) if in_tasks else map
+        _fold(analysis, options, work, Parts(work.committed, each), missing, started)
 
 
 def _say_what_was_given_up(work: Work, options: Options) -> None:
@@ -173,7 +184,7 @@ def _stages(analysis: Analysis, options: Options, work: Work) -> list[Stage]:
     return stages
 
 
-def _fold(analysis: Analysis, options: Options, work: Work, slices: list[str], started: float) -> None:
+def _fold(analysis: Analysis, options: Options, work: Work, parts: Parts, slices: list[str], started: float) -> None:
     """Finished files of the slices from all parts, then skipped samples and account, then the manifests."""
     context = work.context
     skipped, environment = work.verify()
@@ -188,7 +199,7 @@ def _fold(analysis: Analysis, options: Options, work: Work, slices: list[str], s
         "environment": environment,
     }
     finished = []
-    for file in analysis.fold(context, [work.part(number) for number in range(len(work.parts))], slices):
+    for file in analysis.fold(context, parts, slices):
         table = context.named(file.table)
         if not context.run.missing(table, {file.slice: work.fingerprints[file.slice]}):
             continue  # finished before: by this job, and a further table was asked for, or by another one meanwhile

@@ -12,8 +12,10 @@ import itertools
 import json
 import uuid
 from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -28,6 +30,9 @@ from pipeline.shards import Skipped
 from pipeline.storage import Location
 
 _PART_ROW_GROUP_BYTES = 2**21
+_LOOKS_AT_ONCE = 16
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,6 +96,11 @@ class Work:
     def part(self, number: int) -> Location:
         """Where a part's rows are committed."""
         return self.location / "parts" / f"part-{number:06d}.parquet"
+
+    @property
+    def committed(self) -> list[Location]:
+        """All parts, when all are done."""
+        return [self.part(number) for number in range(len(self.parts))]
 
     def unfinished_parts(self) -> list[int]:
         """Numbers of the parts that are not committed."""
@@ -160,9 +170,8 @@ class Work:
         """
         skipped: list[Skipped] = []
         environments: dict[str, dict[str, str]] = {}
-        for number, rows in enumerate(self.parts):
-            identity = self._identity(number)
-            if identity["samples"] != digest(rows):
+        for number, identity in enumerate(self._of_each_part(self._identity)):
+            if identity["samples"] != digest(self.parts[number]):
                 raise RunError(f"{self.part(number)} holds other samples than it should: delete it, and run again")
             skipped += [Skipped(*entry) for entry in identity["skipped"]]
             environments.setdefault(json.dumps(identity["environment"], sort_keys=True), identity["environment"])
@@ -184,13 +193,19 @@ class Work:
 
     def account(self) -> pa.Table:
         """What was done of each part, and how often it was started."""
-        rows = []
-        for number, part in enumerate(self.parts):
-            when = (self.location / "account" / f"part-{number:06d}.json").read_json()
-            attempts = len(self._attempts(number).names())
-            row = {"table": self.context.table, "work": self.location.name, "part": number}
-            rows.append({**row, "samples": part.num_rows, "attempts": attempts, **when})
+        work = {"table": self.context.table, "work": self.location.name}
+        rows = [{**work, **row} for row in self._of_each_part(self._account_of)]
         return tables.conform({name: [row[name] for row in rows] for name in tables.ACCOUNT.names}, tables.ACCOUNT)
+
+    def _account_of(self, number: int) -> dict[str, Any]:
+        when: dict[str, Any] = (self.location / "account" / f"part-{number:06d}.json").read_json()
+        attempts = len(self._attempts(number).names())
+        return {"part": number, "samples": self.parts[number].num_rows, "attempts": attempts, **when}
+
+    def _of_each_part(self, look: Callable[[int], T]) -> Iterator[T]:
+        """What `look` sees of every part, in order; some at once, because a bucket takes a while for each answer."""
+        with ThreadPoolExecutor(_LOOKS_AT_ONCE) as threads:
+            yield from threads.map(look, range(len(self.parts)))
 
 
 def begin_start(work: Location, session: str, most: int) -> Location:

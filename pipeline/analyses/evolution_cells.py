@@ -18,10 +18,10 @@ import torch
 
 from pipeline import checkpoints, tables
 from pipeline.analyses import top9
-from pipeline.analysis import Analysis, Finished, fold_tree
+from pipeline.analysis import Analysis, Finished
 from pipeline.context import Batch, Context
+from pipeline.fold import Parts, fold_tree
 from pipeline.runs import Model, Run, RunError, require_at_least_one
-from pipeline.storage import Location
 from zfnet.activations import NONE, Strongest, TopK
 from zfnet.receptive import receptive_field
 from zfnet.tracing import trace
@@ -161,10 +161,10 @@ def strongest(pieces: list[pa.Table]) -> pa.Table:
     return rows.filter(pa.array(first))
 
 
-def fold(context: Context, parts: list[Location], slices: list[str]) -> Iterator[Finished]:
+def fold(context: Context, parts: Parts, slices: list[str]) -> Iterator[Finished]:
     """A file for each epoch, by layer and feature map."""
     samples = context.index.split(context.split).sort_by("number")
-    found = fold_tree((tables.read(part) for part in parts), strongest)
+    found = fold_tree(parts, tables.read, strongest)
     for slice_ in slices:
         rows = found.filter(pc.equal(found["epoch"], epoch_of(slice_)))
         identity = context.identity | {"model_id": model_id(context, slice_), "epoch": epoch_of(slice_)}

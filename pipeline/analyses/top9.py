@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,8 +19,9 @@ import pyarrow as pa
 import torch
 
 from pipeline import tables
-from pipeline.analysis import Analysis, Finished, fold_tree
+from pipeline.analysis import Analysis, Finished
 from pipeline.context import Batch, Context
+from pipeline.fold import Parts, fold_tree
 from pipeline.progress import say
 from pipeline.runs import RunError, require_at_least_one
 from pipeline.storage import Location
@@ -237,10 +239,10 @@ def _column(values: list[Any], kind: pa.DataType) -> pa.Array:
     return tables.flat_lists(values, kind.value_type) if pa.types.is_list(kind) else pa.array(values, kind)
 
 
-def _states(part: Location) -> State:
-    """Back from a part, but for the maxima; empty where none of its images could be read."""
+def _states(part: Location) -> State | None:
+    """Back from a part, but for the maxima; None where none of its images could be read."""
     columns = [field.name for field in part_schema(Config(maxima_gb=0.0))]
-    return {row["layer"]: _from_row(row) for row in _rows(tables.read(part, columns))}
+    return {row["layer"]: _from_row(row) for row in _rows(tables.read(part, columns))} or None
 
 
 def _rows(table: pa.Table) -> Iterator[dict[str, Any]]:
@@ -261,10 +263,10 @@ def _merge(states: list[State]) -> State:
     return {layer: (TopK.merge(list(top)), Statistics.merge(list(found))) for layer, (top, found) in layers.items()}
 
 
-def fold(context: Context, parts: list[Location], layers: list[str]) -> Iterator[Finished]:
+def fold(context: Context, parts: Parts, layers: list[str]) -> Iterator[Finished]:
     """A file of each table for each layer. The states of all layers are merged in one pass over the parts."""
     rows = context.index.split(context.split).sort_by("number")
-    merged = fold_tree((state for state in map(_states, parts) if state), _merge)
+    merged = fold_tree(parts, _states, _merge)
     for layer in layers:
         top, statistics = merged[layer]
         yield Finished("feature_maps", layer, FEATURE_MAPS, iter([_feature_maps(context, layer, statistics)]))
@@ -273,18 +275,23 @@ def fold(context: Context, parts: list[Location], layers: list[str]) -> Iterator
             yield Finished("maxima", layer, MAXIMA, _maxima(context, layer, parts, rows))
 
 
-def _maxima(context: Context, layer: str, parts: list[Location], samples: pa.Table) -> Iterator[pa.Table]:
+def _maxima(context: Context, layer: str, parts: Parts, samples: pa.Table) -> Iterator[pa.Table]:
     """The rows of one layer in the order of the parts, so many at a time as fill a row group."""
-    columns, room = ["number", "maxima", "positions", "map_width", "cells"], tables.ROW_GROUP_BYTES
     gathered, size = [MAXIMA.empty_table()], 0
-    for part in parts:
-        for row in _rows(tables.read_equal(part, columns, "layer", layer)):
+    for group in parts.groups(partial(_kept, layer)):
+        for row in group:
             gathered.append(_images(context, layer, row, samples))
             size += gathered[-1].nbytes
-        if size > room:
-            yield pa.concat_tables(gathered)
-            gathered, size = [MAXIMA.empty_table()], 0
+            if size > tables.ROW_GROUP_BYTES:
+                yield pa.concat_tables(gathered)
+                gathered, size = [MAXIMA.empty_table()], 0
     yield pa.concat_tables(gathered)
+
+
+def _kept(layer: str, parts: list[Location]) -> list[dict[str, Any]]:
+    """What some parts keep of a layer, in their order."""
+    columns = ["number", "maxima", "positions", "map_width", "cells"]
+    return [row for part in parts for row in _rows(tables.read_equal(part, columns, "layer", layer))]
 
 
 def _images(context: Context, layer: str, row: dict[str, Any], samples: pa.Table) -> pa.Table:

@@ -150,22 +150,23 @@ class Nodes:
         return self.cluster.add_node(num_cpus=1, object_store_memory=2**27)
 
     def kill(self, victim: str, number: int, worker: bytes) -> None:
-        """A node, the head, or one of the worker processes of this name."""
-        if victim == "node":
+        """A node, one that is lost for good, the head, or one of the worker processes of this name."""
+        if victim in ("node", "lost"):
             self.kill_node(number)
+            if victim == "node":
+                self.workers.append(self.add())
         elif victim == "head":
             self.kill_head()
         else:
             self.kill_worker(worker, number)
 
     def kill_node(self, number: int) -> None:
-        """Of one node all processes at once, and another comes in its place."""
+        """Of one node all processes at once."""
         lost = self.workers.pop(number % 2)
         workers = [pid for pid in below(_raylet(lost)) if pid]
         self.cluster.remove_node(lost, allow_graceful=False)
         for pid in workers:
             _kill(pid)
-        self.workers.append(self.add())
 
     def kill_head(self) -> None:
         """The head alone; the nodes find out for themselves, and their workers go on for a while."""

@@ -194,7 +194,7 @@ def survives(sweep: Sweep, kills: list[tuple[str, Moment]], undisturbed, tmp_pat
         return start(sweep.job, *sweep.command(run, data, "--workers.cpus", 1, *place), log=log)
 
     def kill() -> None:
-        if victim in ("actor", "node", "head"):
+        if victim in ("actor", "node", "lost", "head"):
             nodes.kill(victim, moment.number, b"MapWorker")
         if victim in ("driver", "head"):
             started.kill()
@@ -221,9 +221,12 @@ def test_a_sweep_survives_a_kill(undisturbed, tmp_path):
 
 ON_NODES = ("actor", "node", "driver-end")
 HEAD_FIRST = ("head", "driver", "driver-end")
-KILLS = [(job, ON_NODES) for job in ("top9", "deconv", "occlusion", "evaluate")] + [
-    (job, HEAD_FIRST) for job in ("top9", "deconv", "occlusion", "features")
-]
+LOST = ("lost",)  # of two workers one finds no place any more
+KILLS = (
+    [(job, ON_NODES) for job in ("top9", "deconv", "occlusion", "evaluate")]
+    + [(job, HEAD_FIRST) for job in ("top9", "deconv", "occlusion", "features")]
+    + [("top9", LOST)]
+)
 
 
 @pytest.mark.slow
@@ -236,8 +239,8 @@ def test_a_sweep_survives_any_kills(job, kills, undisturbed, tmp_path, request):
 
 @contextmanager
 def cluster_for(kills: tuple[str, ...], request):
-    """The cluster that the tests share, or one whose head may be killed."""
-    if "head" not in kills:
+    """The cluster that the tests share, or one whose head may be killed, or that may stay smaller."""
+    if not {"head", "lost"} & set(kills):
         yield request.getfixturevalue("nodes")
         return
     nodes = Nodes()

@@ -297,7 +297,9 @@ def test_anonymous_access_signs_nothing(s3, monkeypatch):
 def test_anonymous_access_to_google_is_the_same_variable_for_it(monkeypatch):
     monkeypatch.setenv("GS_NO_SIGN_REQUEST", "YES")
     location = Location.of("gs://bucket/run")
-    assert location.filesystem.__reduce__()[1][0]["anonymous"]
+    options = location.filesystem.__reduce__()[1][0]
+    assert options["anonymous"]
+    assert options["retry_time_limit"].total_seconds() == patience.SECONDS
     assert str(location / "x") == "gs://bucket/run/x"
 
 

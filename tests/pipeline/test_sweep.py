@@ -14,7 +14,6 @@ import torch
 
 from pipeline import lease, sweep, work
 from pipeline.analyses import deconv, occlusion, top9
-from pipeline.analysis import fold_tree
 from pipeline.cluster import CannotSchedule, Workers
 from pipeline.context import Options
 from pipeline.errors import SweepFailed
@@ -155,15 +154,6 @@ def test_dead_maps_have_no_rows(make_run, make_shards):
     frame = pd.read_parquet(run / "results" / "feature_maps")
     assert 3 in frame[frame.dead].query("layer == 'conv5'").feature_map.tolist()
     assert run_deconv(run, data) == 0
-
-
-def test_fold_tree_has_one_shape():
-    def merge(states):
-        return f"({' '.join(states)})"
-
-    assert fold_tree(iter("abcdefghij"), merge, fan_in=3) == "(((a b c) (d e f) (g h i)) ((j)))"
-    assert fold_tree(iter("abc"), merge, fan_in=3) == "(a b c)"
-    assert fold_tree(iter("a"), merge, fan_in=3) == "a"
 
 
 def test_parts_are_cut_by_shard_and_size(make_shards):
