@@ -102,8 +102,9 @@ def _map_and_fold(analysis: Analysis, options: Options, work: Work, missing: lis
         if in_tasks or (todo and options.workers.num != 0):
             ray_.enter_context(cluster.connected(options.address))
         if todo:
-            begun = work.begun()  # what did not end before may kill its worker again: all else is done by then
-            _map(analysis, options, work, sorted(todo, key=lambda number: (number in begun, number)))
+            # What did not end before may kill its worker again: all else is done by then, and what died less often.
+            starts = {number: work.starts(number) for number in work.begun().intersection(todo)}
+            _map(analysis, options, work, sorted(todo, key=lambda number: (starts.get(number, 0), number)))
         if not in_tasks:
             ray_.close()  # a cluster that goes from now on does not matter
         each = partial(cluster.in_tasks, on=options.workers.on) if in_tasks else map

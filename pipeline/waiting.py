@@ -28,7 +28,7 @@ class Spent:
 
     def report(self) -> dict[str, float]:
         """`network_seconds` and `waited_seconds`."""
-        return {f"{what}_seconds": round(seconds, 3) for what, seconds in self.seconds.items()}
+        return {f"{what}_seconds": round(seconds, 6) for what, seconds in self.seconds.items()}
 
 
 class Waiting:

@@ -114,9 +114,13 @@ class Work:
         """Numbers of the parts that were ever started."""
         return {int(name.removeprefix("part-")) for name in (self.location / self.attempts).names()}
 
+    def starts(self, number: int) -> int:
+        """How often this part was started."""
+        return len(self._attempts(number).names())
+
     def was_begun(self, number: int) -> bool:
         """Whether this part was ever started."""
-        return bool(self._attempts(number).names())
+        return self.starts(number) > 0
 
     def begin_attempt(self, number: int, session: str, alone: bool) -> int:
         """Write a marker before a part is started.
@@ -199,7 +203,7 @@ class Work:
 
     def _account_of(self, number: int) -> dict[str, Any]:
         when: dict[str, Any] = (self.location / "account" / f"part-{number:06d}.json").read_json()
-        attempts = len(self._attempts(number).names())
+        attempts = self.starts(number)
         return {"part": number, "samples": self.parts[number].num_rows, "attempts": attempts, **when}
 
     def _of_each_part(self, look: Callable[[int], T]) -> Iterator[T]:
