@@ -87,12 +87,12 @@ SCHEMA = tables.schema(
         tables.column("map_height", pa.int32(), "Rows of the map."),
         tables.column("map_width", pa.int32(), "Columns of the map."),
         tables.column("probability_map", pa.list_(pa.float32()), "Probability in each window, row-major."),
-        _in_original("top", "Top of the first window"),
-        _in_original("left", "Left of the first window"),
+        _in_original("box_top", "First row of the first window"),
+        _in_original("box_left", "First column of the first window"),
+        _in_original("box_height", "Height of every window"),
+        _in_original("box_width", "Width of every window"),
         _in_original("step_height", "Distance of one row's windows from the next row's"),
         _in_original("step_width", "Distance of one column's windows from the next column's"),
-        _in_original("window_height", "Height of every window"),
-        _in_original("window_width", "Width of every window"),
         tables.column(
             "image_png", pa.binary(), "PNG of the image at this scale, RGB; null where rank is not 1.", nullable=True
         ),
@@ -158,12 +158,12 @@ def _rows(context: Context, sliding: Sliding, picture: Seen, maps: list[Tensor],
             "scale": scale,
             "map_height": of_classes.shape[1],
             "map_width": of_classes.shape[2],
-            "top": top,
-            "left": left,
+            "box_top": top,
+            "box_left": left,
+            "box_height": high,
+            "box_width": wide,
             "step_height": high * step,
             "step_width": wide * step,
-            "window_height": high,
-            "window_width": wide,
         }
         for class_ in chosen:
             rank = order.index(class_) + 1
