@@ -93,6 +93,7 @@ SCHEMA = tables.schema(
         _in_original("box_width", "Width of every window"),
         _in_original("step_height", "Distance of one row's windows from the next row's"),
         _in_original("step_width", "Distance of one column's windows from the next column's"),
+        tables.column("window_px", pa.int32(), "Side of every window, in pixels of image_png."),
         tables.column(
             "image_png", pa.binary(), "PNG of the image at this scale, RGB; null where rank is not 1.", nullable=True
         ),
@@ -164,6 +165,7 @@ def _rows(context: Context, sliding: Sliding, picture: Seen, maps: list[Tensor],
             "box_width": wide,
             "step_height": high * step,
             "step_width": wide * step,
+            "window_px": sliding.window_px,
         }
         for class_ in chosen:
             rank = order.index(class_) + 1
