@@ -15,6 +15,7 @@ from urllib.parse import unquote, urlsplit
 import fsspec
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pyarrow.fs as pafs
 import pytest
 from PIL import Image
@@ -260,6 +261,23 @@ def test_the_evolution_strip_shows_the_epochs_that_a_map_lives_in(site: Path) ->
         assert abs(sheet[110:180, left + 10 : left + 80, :3] - [200, 0, 0]).max() < 12
     assert "Evolution" in read(site, "maps/features.10/1.html").text
     assert "Evolution" not in read(site, "maps/features.10/3.html").text
+
+
+def test_projections_of_several_tables_stand_side_by_side_with_their_semantics(tmp_path: Path) -> None:
+    run = make_run(tmp_path, without=("occlusion", "others"))
+    rows = tables.read(run.slice("deconv", "conv1"))
+    guided = pa.array(["guided"] * len(rows), rows.schema.field("relu").type)
+    rows = rows.set_column(rows.schema.get_field_index("relu"), rows.schema.field("relu"), guided)
+    finish(run, "deconv-guided", "conv1", rows)
+    index = built(run)
+    text = read(index, "maps/conv1/0.html").text.split("Projected in other ways")[1].split("Activity")[0]
+    first, second = text.split("deconv-guided")
+    assert "deconvnet: the signal itself is rectified" in first
+    assert "guided: the signal is rectified, and kept only where" in second
+    source = (index.parent / "maps" / "conv1" / "0.html").read_text()
+    for name in ("map-0000.webp", "map-0000-deconv-guided.webp"):
+        assert f'class="sprite" src="../../assets/conv1/{name}"' in source
+    assert "Projected in other ways" not in read(index, f"maps/{file_stem(LAYERS[1])}/0.html").text
 
 
 def test_contrasts_are_shares_of_the_maps_largest_value(tmp_path: Path) -> None:
