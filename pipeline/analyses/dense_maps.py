@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 
 from pipeline import tables
-from pipeline.analyses.occlusion import samples, target_class
+from pipeline.analyses.chosen import Chosen, samples, target_class
 from pipeline.analysis import Analysis, Finished
 from pipeline.context import Context
 from pipeline.projections import png
-from pipeline.runs import RunError, require_at_least_one
+from pipeline.runs import require_at_least_one
 from pipeline.shards import Skipped
 from pipeline.storage import Location
 from pipeline.views import Scaled, Seen, at_scales, checked_scales, scaled, sliding_of
@@ -32,15 +32,9 @@ SLICE = "images"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(Chosen):
     """What decides the content of dense_maps."""
 
-    keys: tuple[str, ...] = ()
-    """Images by key."""
-    label: str | None = None
-    """Images of one class, by its name or number."""
-    first: int = 9
-    """At most this many images, in the order of the shards (of the class, where one is given)."""
     classes: int = 3
     """So many classes, the strongest first, and the image's own besides."""
     scales: tuple[int, ...] = ()
@@ -55,10 +49,9 @@ class Config:
     """Images that go through the network together, one scale at a time."""
 
     def __post_init__(self) -> None:
-        require_at_least_one(self, "first", "classes", "part_size", "batch_size")
+        super().__post_init__()
+        require_at_least_one(self, "classes", "part_size", "batch_size")
         checked_scales(self.scales)
-        if self.keys and self.label is not None:
-            raise RunError("--keys and --label were both given: choose images by one of them")
 
 
 def _in_original(name: str, what: str) -> pa.Field:
