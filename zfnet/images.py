@@ -269,18 +269,26 @@ def cut(resized: Image.Image, original: tuple[int, int], height_px: int, width_p
 
     `original` is width and height of the image in its file.
     """
-    width, height = original
-    top, left = centre_offset(resized.height, height_px), centre_offset(resized.width, width_px)
-    crop = Crop(
-        image_height=height,
-        image_width=width,
-        resized_height=resized.height,
-        resized_width=resized.width,
-        top=top,
-        left=left,
+    crop = _centre(original, resized.size, height_px, width_px)
+    top, left = crop.top, crop.left
+    return np.asarray(resized.crop((left, top, left + width_px, top + height_px))), crop
+
+
+def input_place(original: tuple[int, int], resize_px: int, crop_px: int) -> Crop:
+    """Where the network's input lies in an image of this width and height: that of `centre_crop`, without pixels."""
+    return _centre(original, _resized(*original, resize_px), crop_px, crop_px)
+
+
+def _centre(original: tuple[int, int], resized: tuple[int, int], height_px: int, width_px: int) -> Crop:
+    return Crop(
+        image_height=original[1],
+        image_width=original[0],
+        resized_height=resized[1],
+        resized_width=resized[0],
+        top=centre_offset(resized[1], height_px),
+        left=centre_offset(resized[0], width_px),
         size_px=min(height_px, width_px),
     )
-    return np.asarray(resized.crop((left, top, left + width_px, top + height_px))), crop
 
 
 def random_crop(

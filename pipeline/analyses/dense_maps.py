@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 
 from pipeline import tables
-from pipeline.analyses.occlusion import samples, target_class
+from pipeline.analyses.chosen import Chosen, samples, target_class
 from pipeline.analysis import Analysis, Finished
 from pipeline.context import Context
 from pipeline.projections import png
-from pipeline.runs import RunError, require_at_least_one
+from pipeline.runs import require_at_least_one
 from pipeline.shards import Skipped
 from pipeline.storage import Location
 from pipeline.views import Scaled, Seen, at_scales, checked_scales, scaled, sliding_of
@@ -32,15 +32,9 @@ SLICE = "images"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(Chosen):
     """What decides the content of dense_maps."""
 
-    keys: tuple[str, ...] = ()
-    """Images by key."""
-    label: str | None = None
-    """Images of one class, by its name or number."""
-    first: int = 9
-    """At most this many images, in the order of the shards (of the class, where one is given)."""
     classes: int = 3
     """So many classes, the strongest first, and the image's own besides."""
     scales: tuple[int, ...] = ()
@@ -55,10 +49,9 @@ class Config:
     """Images that go through the network together, one scale at a time."""
 
     def __post_init__(self) -> None:
-        require_at_least_one(self, "first", "classes", "part_size", "batch_size")
+        super().__post_init__()
+        require_at_least_one(self, "classes", "part_size", "batch_size")
         checked_scales(self.scales)
-        if self.keys and self.label is not None:
-            raise RunError("--keys and --label were both given: choose images by one of them")
 
 
 def _in_original(name: str, what: str) -> pa.Field:
@@ -87,12 +80,13 @@ SCHEMA = tables.schema(
         tables.column("map_height", pa.int32(), "Rows of the map."),
         tables.column("map_width", pa.int32(), "Columns of the map."),
         tables.column("probability_map", pa.list_(pa.float32()), "Probability in each window, row-major."),
-        _in_original("top", "Top of the first window"),
-        _in_original("left", "Left of the first window"),
+        _in_original("box_top", "First row of the first window"),
+        _in_original("box_left", "First column of the first window"),
+        _in_original("box_height", "Height of every window"),
+        _in_original("box_width", "Width of every window"),
         _in_original("step_height", "Distance of one row's windows from the next row's"),
         _in_original("step_width", "Distance of one column's windows from the next column's"),
-        _in_original("window_height", "Height of every window"),
-        _in_original("window_width", "Width of every window"),
+        tables.column("window_px", pa.int32(), "Side of every window, in pixels of image_png."),
         tables.column(
             "image_png", pa.binary(), "PNG of the image at this scale, RGB; null where rank is not 1.", nullable=True
         ),
@@ -158,12 +152,13 @@ def _rows(context: Context, sliding: Sliding, picture: Seen, maps: list[Tensor],
             "scale": scale,
             "map_height": of_classes.shape[1],
             "map_width": of_classes.shape[2],
-            "top": top,
-            "left": left,
+            "box_top": top,
+            "box_left": left,
+            "box_height": high,
+            "box_width": wide,
             "step_height": high * step,
             "step_width": wide * step,
-            "window_height": high,
-            "window_width": wide,
+            "window_px": sliding.window_px,
         }
         for class_ in chosen:
             rank = order.index(class_) + 1

@@ -15,7 +15,8 @@ import pyarrow as pa
 import torch
 
 from pipeline import tables
-from pipeline.analyses.occlusion import colour, samples, target_class
+from pipeline.analyses.chosen import Chosen, samples, target_class
+from pipeline.analyses.occlusion import colour
 from pipeline.analysis import Analysis, Finished
 from pipeline.context import Batch, Context, Picture
 from pipeline.runs import RunError, require_at_least_one
@@ -30,13 +31,9 @@ SMALLEST_SCALE = 0.1
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(Chosen):
     """What decides the content of invariance."""
 
-    keys: tuple[str, ...] = ()
-    """Images by key."""
-    label: str | None = None
-    """Images of one class, by its name or number."""
     first: int = 5
     """At most this many images, in the order of the shards (of the class, where one is given); the paper shows 5."""
     layers: tuple[str, ...] = ()
@@ -77,7 +74,8 @@ class Config:
         return [(name, amount) for name in self.transforms for amount in of.get(name, self.translations_px)]
 
     def __post_init__(self) -> None:
-        require_at_least_one(self, "first", "part_size", "copies")
+        super().__post_init__()
+        require_at_least_one(self, "part_size", "copies")
         for name in ("layers", "transforms", "translations_px", "scales", "rotations_deg"):
             given = getattr(self, name)
             if len(set(given)) < len(given):
@@ -86,8 +84,6 @@ class Config:
             raise RunError(f"--scales is {' '.join(map(str, self.scales))}: give ratios of at least {SMALLEST_SCALE}")
         if not all(np.isfinite(degrees) for degrees in self.rotations_deg):
             raise RunError(f"--rotations-deg is {' '.join(map(str, self.rotations_deg))}: give degrees")
-        if self.keys and self.label is not None:
-            raise RunError("--keys and --label were both given: choose images by one of them")
         _ = self.shown
 
 

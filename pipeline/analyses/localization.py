@@ -85,11 +85,14 @@ IMAGES = tables.schema(
         tables.column("refused", pa.int32(), "Boxes that cannot be used: without an area, or of no known class."),
         _or_null("outcome", pa.string(), "right, poor_overlap, confused_class or missed (no guess); null: no object."),
         _or_null("right_rank", pa.int32(), "First guess that is right."),
+        *(field.with_nullable(True) for field in BOX),
         _or_null("iou", pa.float64(), "Largest IoU of a guess of the image's class with an object of it."),
         _or_null("centred_iou", pa.float64(), "Largest IoU of the centred box with an object of the image's class."),
     ],
 )
-"""The centred box has the mean height and width of all objects, as shares of their images', and the image's middle."""
+"""The box is the object's of the image's class: of several the one that a guess of the class comes nearest to.
+
+The centred box has the mean height and width of all objects, as shares of their images', and the image's middle."""
 
 WINDOWS = tables.schema(
     "localization_windows",
@@ -201,9 +204,18 @@ def _image(context: Context, row: Row, centred: Edges | None) -> dict[str, Any]:
         "refused": len(row.refused),
         "outcome": outcome,
         "right_rank": int(right[0]) + 1 if right else None,
+        **_nearest(truths, row.found.boxes[own]),
         "iou": max(overlaps, default=None),
         "centred_iou": None if box is None else _largest(box, truths),
     }
+
+
+def _nearest(truths: Edges, boxes: Edges) -> dict[str, Any]:
+    """The columns of the object that one of the boxes comes nearest to; the first one's where there are none."""
+    if not len(truths):
+        return {field.name: None for field in BOX}
+    place = int(iou(truths[:, None], boxes[None]).max(1, initial=0).argmax())
+    return {name: float(side[0]) for name, side in box_columns(truths[[place]]).items()}
 
 
 def _windows(context: Context, row: Row) -> pa.Table:

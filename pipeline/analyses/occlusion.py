@@ -13,17 +13,16 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import pyarrow as pa
-import pyarrow.compute as pc
 import torch
 from torch import Tensor
 
 from pipeline import tables
+from pipeline.analyses.chosen import Chosen, samples, target_class
 from pipeline.analysis import Analysis, Finished
 from pipeline.context import Batch, Context, Picture
 from pipeline.projections import SEMANTICS_COLUMNS, cut_to_image, png, projection_columns, semantics_columns, stored
 from pipeline.runs import RunError, require_at_least_one
 from pipeline.storage import Location
-from pipeline.views import Seen
 from zfnet import deconv
 from zfnet.deconv import Cells, Semantics
 from zfnet.occlusion import Grid, Sensitivity, blurred, sensitivity, watched_layer
@@ -33,15 +32,9 @@ SLICE = "images"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(Chosen):
     """What decides the content of occlusion."""
 
-    keys: tuple[str, ...] = ()
-    """Images by key."""
-    label: str | None = None
-    """Images of one class, by its name or number."""
-    first: int = 9
-    """At most this many images, in the order of the shards (of the class, where one is given)."""
     occluder_px: tuple[str, ...] = ()
     """Sides of the occluder in input pixels: 50 for a square, 64x16 for a rectangle (height x width); several give a
     row each. Default a square of 50 at an input of 224, in proportion."""
@@ -76,15 +69,14 @@ class Config:
         return [_size(text) for text in self.occluder_px] or [None]
 
     def __post_init__(self) -> None:
-        require_at_least_one(self, "first", "part_size", "memory_mb")
+        super().__post_init__()
+        require_at_least_one(self, "part_size", "memory_mb")
         if not 0 <= self.refine <= 1:
             raise RunError(f"--refine is {self.refine}: give a share from 0 to 1; 1 is exact")
         if len(set(self.sizes)) < len(self.sizes):
             raise RunError(f"--occluder-px is {' '.join(self.occluder_px)}: give each size once")
         if self.fill not in ("mean", "blur"):
             colour(self.fill)
-        if self.keys and self.label is not None:
-            raise RunError("--keys and --label were both given: choose images by one of them")
 
 
 def _size(text: str) -> tuple[int, int]:
@@ -199,33 +191,9 @@ def slices(context: Context) -> list[str]:
     return [SLICE]
 
 
-def samples(context: Context, slices: list[str]) -> pa.Table:
-    """The chosen images. Raises: RunError for keys or classes that do not occur."""
-    config: Config = context.config
-    rows = context.index.split(context.split)
-    if config.keys:
-        if unknown := sorted(set(config.keys) - set(rows["key"].to_pylist())):
-            raise RunError(f"there is no key {', '.join(map(repr, unknown))} in the split {context.split!r}")
-        return rows.filter(pc.is_in(rows["key"], pa.array(config.keys)))
-    if config.label is not None:
-        rows = rows.filter(pc.equal(rows["label"], _label_number(context, config.label)))
-    return rows.slice(0, config.first)
-
-
 def expected_rows(context: Context, slice_: str, skipped: set[str]) -> int:
     """A row for each size and image that could be read."""
     return (int(samples(context, [slice_]).num_rows) - len(skipped)) * len(grids_of(context))
-
-
-def _label_number(context: Context, label: str) -> int:
-    classes = context.index.classes
-    if label in classes:
-        return classes.index(label)
-    if label.isdigit() and int(label) < len(classes):
-        return int(label)
-    raise RunError(
-        f"there is no class {label!r}: give a number below {len(classes)} or one of {', '.join(classes[:20])}"
-    )
 
 
 def grids_of(context: Context) -> list[Grid]:
@@ -279,13 +247,6 @@ def filled(context: Context, batch: Batch) -> Tensor:
     else:
         shown = torch.tensor(colour(fill), device=batch.x.device).expand_as(pixels)
     return preprocessing.normalise(shown[None])[0]
-
-
-def target_class(context: Context, picture: Picture | Seen) -> int | None:
-    """The label, where the images' classes are the network's own."""
-    label = picture.sample.label
-    same_classes = context.index.classes == context.model.classes
-    return label if same_classes and context.index.label_name(label) is not None else None
 
 
 def _describe(context: Context, picture: Picture, found: Sensitivity) -> dict[str, Any]:

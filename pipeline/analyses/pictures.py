@@ -1,8 +1,8 @@
 """The whole pictures behind a table's rows, small: what a page needs to show where in an image a cell or a box lies.
 
 A row for each slice and image that another table (top9, groups, or any with a column key) names there: the network's
-input pixels, scaled down and kept as JPEG, and their place in the original image. `deconv` holds the patches; this the
-whole around them, a few kilobytes an image.
+input pixels, or the whole image, scaled down and kept as JPEG, and their place in the original image. `deconv` holds
+the patches; this the whole around them, a few kilobytes an image.
 """
 
 from __future__ import annotations
@@ -10,8 +10,10 @@ from __future__ import annotations
 import io
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -19,9 +21,11 @@ from PIL import Image
 
 from pipeline import tables
 from pipeline.analysis import Analysis, Finished
-from pipeline.context import Batch, Context, Picture
+from pipeline.context import Context, Picture, centre_crops, read
 from pipeline.runs import RunError, require_at_least_one
+from pipeline.shards import Sample, Skipped
 from pipeline.storage import Location
+from zfnet import images
 
 _QUALITY = 85
 
@@ -34,8 +38,10 @@ class Config:
     """Slices of that table, as layers; default all."""
     of: str = "top9"
     """Table whose images are kept: any with a column key; for another than top9 give its name as --name, too."""
+    whole: bool = False
+    """The whole image, where boxes lie that are found in it, rather than the network's input, which is its middle."""
     picture_px: int = 128
-    """Largest side of a picture; a smaller input is kept as it is."""
+    """Largest side of a picture; a smaller one is kept as it is."""
     part_size: int = 256
     """Images of a part, the unit of work and of resume."""
     batch_size: int = 64
@@ -60,13 +66,15 @@ PICTURES = tables.schema(
         tables.SHARD,
         tables.LABEL,
         tables.LABEL_NAME,
-        tables.column("picture_jpeg", pa.binary(), "JPEG of the network's whole input, RGB, scaled down."),
-        tables.column("picture_px", pa.int32(), "Side of the picture in pixels."),
-        tables.column("input_px", pa.int32(), "Side of the network's input, in whose pixels top and left count."),
-        tables.column("box_top", pa.float32(), "First row of the input in the original image's pixels."),
-        tables.column("box_left", pa.float32(), "First column of the input in the original image's pixels."),
-        tables.column("box_height", pa.float32(), "Height of the input in the original image's pixels."),
-        tables.column("box_width", pa.float32(), "Width of the input in the original image's pixels."),
+        tables.column("picture_jpeg", pa.binary(), "JPEG of the network's input or of the whole image, RGB, small."),
+        tables.column("picture_px", pa.int32(), "Longer side of the picture in pixels."),
+        tables.column(
+            "input_px", pa.int32(), "Side of the network's input; null: this is the whole image.", nullable=True
+        ),
+        tables.column("box_top", pa.float32(), "First row of the picture in the original image's pixels."),
+        tables.column("box_left", pa.float32(), "First column of the picture in the original image's pixels."),
+        tables.column("box_height", pa.float32(), "Height of the picture in the original image's pixels."),
+        tables.column("box_width", pa.float32(), "Width of the picture in the original image's pixels."),
     ],
 )
 PART_SCHEMA = PICTURES.remove(PICTURES.get_field_index("slice"))
@@ -124,19 +132,57 @@ def expected_rows(context: Context, name: str, skipped: set[str]) -> int:
     return sum(key not in skipped for key in _keys(context, name).to_pylist())
 
 
-def map_batch(context: Context, state: None, batch: Batch) -> pa.Table:
+def decode(context: Context, state: None, rows: pa.Table) -> tuple[list[Picture], list[Skipped]]:
+    """What the network sees of these rows, or the whole images, small already."""
+    return (
+        read(context, rows, partial(_whole, context.config))
+        if context.config.whole
+        else centre_crops(context, state, rows)
+    )
+
+
+def _whole(config: Config, sample: Sample, number: int) -> Picture:
+    image = images.decode(sample.image)
+    width, height = image.size
+    image.thumbnail((config.picture_px,) * 2)
+    crop = images.Crop(
+        image_height=height,
+        image_width=width,
+        resized_height=image.height,
+        resized_width=image.width,
+        top=0,
+        left=0,
+        size_px=min(image.size),
+    )
+    return Picture(sample, number, np.asarray(image), crop)
+
+
+@dataclass(frozen=True, eq=False)
+class Pictures:
+    """Pictures that are handled together; they may be of many sizes."""
+
+    pictures: list[Picture]
+
+
+def as_batch(context: Context, state: None, pictures: list[Picture]) -> Pictures:
+    """No network sees them: nothing is stacked."""
+    return Pictures(pictures)
+
+
+def map_batch(context: Context, state: None, batch: Pictures) -> pa.Table:
     """The pictures of a batch; the network is not run."""
     rows = [_row(context, picture) for picture in batch.pictures]
     return tables.conform({name: [row[name] for row in rows] for name in PART_SCHEMA.names}, PART_SCHEMA)
 
 
 def _row(context: Context, picture: Picture) -> dict[str, Any]:
-    sample, side = picture.sample, picture.pixels.shape[0]
+    sample = picture.sample
+    height, width = picture.pixels.shape[:2]
     image = Image.fromarray(picture.pixels)
     image.thumbnail((context.config.picture_px,) * 2)
     buffer = io.BytesIO()
     image.save(buffer, format="JPEG", quality=_QUALITY)
-    box = picture.crop.to_original(0, 0, side, side)
+    box = picture.crop.to_original(0, 0, height, width)
     return {
         **context.identity,
         "key": sample.key,
@@ -144,8 +190,8 @@ def _row(context: Context, picture: Picture) -> dict[str, Any]:
         "label": sample.label,
         "label_name": context.index.label_name(sample.label),
         "picture_jpeg": buffer.getvalue(),
-        "picture_px": image.width,
-        "input_px": side,
+        "picture_px": max(image.size),
+        "input_px": None if context.config.whole else height,
         **{f"box_{name}": box[i] for i, name in enumerate(("top", "left", "height", "width"))},
     }
 
@@ -178,6 +224,8 @@ ANALYSIS = Analysis(
     slices=slices,
     sources=sources,
     samples=samples,
+    decode=decode,
+    batch=as_batch,
     map_batch=map_batch,
     reduce_part=reduce_part,
     fold=fold,

@@ -6,7 +6,7 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.atlas import catalogue, comparison, history, images, layers, overview, results
+from pipeline.atlas import catalogue, class_maps, comparison, history, images, layers, overview, results
 from pipeline.atlas.pages import Link
 from pipeline.atlas.records import Sources
 from pipeline.atlas.site import Site
@@ -55,9 +55,10 @@ def build(run: Run, options: Options) -> Location:
     found = catalogue.find(run, facts["model_id"])
     site = Site(run.location / "atlas", _links(sources, options))
     site.write_static()
-    pictures = images.write(site, sources, found, facts, options.images)
+    drawn = class_maps.write(site, run, found)
+    pictures = images.write(site, sources, found, facts, drawn, options.images)
     faces = layers.write(site, sources, found, pictures, options.tile_px)
-    results.write(site, run, found)
+    results.write(site, run, found, drawn)
     history.write(site, run, facts, found)
     if options.against is not None:
         comparison.write(site, sources, faces, Run.at(options.against))

@@ -69,6 +69,12 @@ class TableFile:
     name: str
     path: str
     """From the run directory."""
+    data_id: str | None = None
+    """The images that it is of, where its manifest says it."""
+
+    def is_of(self, data_id: str | None) -> bool:
+        """Whether it may speak of these images: keys alone do not tell two sets of images apart."""
+        return None in (data_id, self.data_id) or data_id == self.data_id
 
 
 @dataclass(frozen=True)
@@ -142,7 +148,12 @@ def _finished(run: Run, name: str, model_id: str | None) -> ResultTable:
     return ResultTable(
         name,
         path,
-        tuple(TableFile(slice_, f"{path}/{run.slice(name, slice_).name}") for slice_ in present),
+        tuple(
+            TableFile(
+                slice_, f"{path}/{run.slice(name, slice_).name}", slices[slice_].get("fingerprint", {}).get("data_id")
+            )
+            for slice_ in present
+        ),
         rows=sum(entry["rows"] for entry in slices.values()),
         samples=worst.get("samples"),
         skipped=sum(worst.get("skipped", {}).values()),

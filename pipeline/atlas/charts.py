@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 
 from matplotlib.ticker import MaxNLocator
 
@@ -12,6 +13,9 @@ WIDTH, HEIGHT = 440, 250
 _LEFT, _RIGHT, _TOP, _BOTTOM = 52, 12, 12, 36
 STYLES = 8
 """Ways to draw a curve that are told apart; more curves begin again."""
+_CURVES = 2 * STYLES
+_POINTS = 400
+"""Of a curve at most: as many as the drawing is wide."""
 
 Points = Sequence[tuple[float, float]]
 
@@ -50,6 +54,8 @@ class Chart:
     percent: bool
     axis: str
     """What goes across."""
+    left_out: int
+    """Curves that are not shown."""
     kind: str = field(default="lines", init=False)
     width: int = WIDTH
     height: int = HEIGHT
@@ -97,7 +103,8 @@ class Histogram:
 
 def chart(title: str, curves: Mapping[str, Points], *, axis: str = "epoch", percent: bool = False) -> Chart | None:
     """Curves of (x, y), over zero and whatever is below it; what is not finite is left out. None: nothing to draw."""
-    finite = {name: [(x, y) for x, y in points if math.isfinite(y)] for name, points in curves.items()}
+    shown = dict(islice(curves.items(), _CURVES))
+    finite = {name: _thinned([(x, y) for x, y in points if math.isfinite(y)]) for name, points in shown.items()}
     every = [point for points in finite.values() for point in points]
     if not every:
         return None
@@ -123,7 +130,14 @@ def chart(title: str, curves: Mapping[str, Points], *, axis: str = "epoch", perc
         tuple(Tick(f"{100 * tick:g} %" if percent else f"{tick:g}", place(first, tick)[1]) for tick in up),
         percent,
         axis,
+        len(curves) - len(shown),
     )
+
+
+def _thinned(points: Points) -> Points:
+    """Points at even distances where there are more than are seen, with the last."""
+    step = -(-len(points) // _POINTS)
+    return [*points[:-1:step], points[-1]] if step > 1 else points
 
 
 def _ticks(low: float, high: float, *, whole: bool) -> list[float]:

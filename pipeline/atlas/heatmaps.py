@@ -17,6 +17,7 @@ from pipeline.atlas.projections import Pixels
 
 Values = npt.NDArray[np.float32]
 
+COLOUR_BAR = "assets/colour-bar.png"
 TICKS = 5
 PALETTE = (
     "#0072b2", "#e69f00", "#009e73", "#cc79a7", "#d55e00",
@@ -89,6 +90,11 @@ def heat(values: Values) -> Heat:
         return Heat(np.broadcast_to(colour_table()[128], (*values.shape, 3)).copy(), (low,))
     index = np.rint(255 * ((values.astype(np.float64) - low) / (high - low))).astype(np.intp)
     return Heat(colour_table()[index], tuple(np.linspace(low, high, TICKS).tolist()))
+
+
+def shares(values: Values) -> Pixels:
+    """Shares from 0 to 1 [rows, cols] in colours from none to all."""
+    return colour_table()[np.rint(255 * np.clip(values.astype(np.float64), 0, 1)).astype(np.intp)]
 
 
 def class_colours(classes: npt.NDArray[np.int32], target: int) -> tuple[Pixels, list[LegendEntry]]:

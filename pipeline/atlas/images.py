@@ -15,7 +15,8 @@ from PIL import Image
 
 from pipeline.atlas import boxes, mentions
 from pipeline.atlas.catalogue import ResultTable
-from pipeline.atlas.heatmaps import Frame, Heat, LegendEntry, class_colours, colour_table, heat
+from pipeline.atlas.class_maps import ImageMaps
+from pipeline.atlas.heatmaps import COLOUR_BAR, Frame, Heat, LegendEntry, class_colours, colour_table, heat
 from pipeline.atlas.pages import Link, Picture, image_page, layer_page, map_page, neighbours
 from pipeline.atlas.projections import around_grey
 from pipeline.atlas.records import SEMANTICS, Sources
@@ -24,7 +25,6 @@ from pipeline.atlas.sprites import webp
 from pipeline.progress import say
 from pipeline.projections import relative
 
-COLOUR_BAR = "assets/occlusion/colour-bar.png"
 _THUMBNAIL_PX = 160
 
 
@@ -61,7 +61,12 @@ class Ranked:
 
 
 def write(
-    site: Site, sources: Sources, found: Sequence[ResultTable], facts: dict[str, Any], most: int
+    site: Site,
+    sources: Sources,
+    found: Sequence[ResultTable],
+    facts: dict[str, Any],
+    maps_of_classes: Sequence[ImageMaps],
+    most: int,
 ) -> list[Picture]:
     """A page for each image of the occlusion table, in its order; one image is held in memory at a time."""
     total = min(most, sum(entry["rows"] for entry in sources.run.manifest(sources.occlusion).values()))
@@ -69,8 +74,9 @@ def write(
         return []
     site.write_image(COLOUR_BAR, colour_table()[None])
     keys = _keys(sources, total)
-    told = mentions.of_images(sources.run, found, keys)
-    boxes_of = boxes.on_images(sources.run, found, keys)
+    data_id = _data_id(sources)
+    told = mentions.of_images(sources.run, found, keys, data_id)
+    boxes_of = boxes.on_inputs(sources.run, found, keys, data_id, _inputs(facts))
     known_layers = set(sources.layers())
     links = [Link(f"Image {number}", image_page(number)) for number in range(1, total + 1)]
     pictures = []
@@ -93,7 +99,11 @@ def write(
             before_top5=_top5(row, "clean", facts["classes"]),
             after_top5=_top5(row, "lowest", facts["classes"]),
             boxes=boxes_of.get(row["key"], []),
+            kinds=boxes.kinds(boxes_of.get(row["key"], [])),
             mentions=told.get(row["key"], []),
+            maps_of_classes=[
+                one for one in maps_of_classes if one.key == row["key"] and data_id in (None, one.data_id)
+            ],
             semantics_used={name: row[name] for name in SEMANTICS},
             asset=partial(_asset, number),
             colour_bar=COLOUR_BAR,
@@ -113,6 +123,16 @@ def _keys(sources: Sources, total: int) -> list[str]:
         with location.open() as file:
             keys += pq.ParquetFile(file).read(["key"])["key"].to_pylist()
     return keys[:total]
+
+
+def _data_id(sources: Sources) -> str | None:
+    """The set of images that the occlusion table is of."""
+    entries = sources.run.manifest(sources.occlusion).values()
+    return next((entry.get("fingerprint", {}).get("data_id") for entry in entries), None)
+
+
+def _inputs(facts: dict[str, Any]) -> boxes.Inputs:
+    return boxes.Inputs(facts["preprocessing"]["resize_px"], facts["preprocessing"]["crop_px"])
 
 
 def _top5(row: dict[str, Any], which: str, classes: list[str]) -> list[Ranked]:

@@ -12,7 +12,7 @@ import numpy as np
 
 from pipeline.atlas import evolution, maps, mentions, sprites
 from pipeline.atlas.catalogue import ResultTable
-from pipeline.atlas.maps import Assets
+from pipeline.atlas.maps import Assets, Otherwise
 from pipeline.atlas.pages import Link, Picture, layer_page, map_page, neighbours
 from pipeline.atlas.records import FeatureMap, Layer, Sources
 from pipeline.atlas.site import Site
@@ -39,11 +39,14 @@ def write(
 ) -> list[Face]:
     """A page for each layer and each map, with a picture for each that was projected. One layer is held in memory."""
     names = sources.layers()
+    others = [table.name for table in found if table.kind == "deconv" and table.name != sources.deconv]
     faces: list[Face] = []
     for place, name in enumerate(names):
         started = time.monotonic()
         layer = sources.layer(name)
         assets, thumbnail_maps = _write_assets(site, sources, layer, tile_px)
+        for other in others:
+            _write_otherwise(site, sources, layer, assets, other)
         told = mentions.of_maps(sources.run, found, name)
         maps.write(site, sources, layer, assets, pictures, told)
         width, height = sprites.size(tile_px)
@@ -96,6 +99,16 @@ def _write_assets(site: Site, sources: Sources, layer: Layer, tile_px: int) -> t
         site.write(path, strip.data)
         assets.strips[strip.feature_map] = (path, strip)
     return assets, tuple(tiles)
+
+
+def _write_otherwise(site: Site, sources: Sources, layer: Layer, assets: Assets, table: str) -> None:
+    """The pictures that another table of projections has of the layer's maps."""
+    if location := sources.slice(table, layer.name):
+        semantics = sources.semantics(table, layer.name)
+        for sprite in sprites.sprites(location, assets.tile_px, sources.input_px):
+            path = f"{_assets(layer.name)}/map-{sprite.feature_map:04d}-{table}.webp"
+            site.write(path, sprite.data)
+            assets.otherwise[sprite.feature_map].append(Otherwise(table, semantics, path))
 
 
 def _write_wholes(site: Site, sources: Sources, layer: Layer, assets: Assets) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from typing import NamedTuple
 
 from pipeline.atlas import sprites
 from pipeline.atlas.charts import Bars, bars, histogram
@@ -18,12 +20,21 @@ from pipeline.atlas.wholes import Sheet
 SIMILAR_SHOWN = 12
 
 
+class Otherwise(NamedTuple):
+    """A map's cells as another table of projections has them."""
+
+    table: str
+    semantics: dict[str, str]
+    sprite: str
+
+
 @dataclass
 class Assets:
     """The pictures of a layer's maps, by the map's number."""
 
     tile_px: int
     sprites: dict[int, str] = field(default_factory=dict)
+    otherwise: defaultdict[int, list[Otherwise]] = field(default_factory=partial(defaultdict, list))
     wholes: dict[int, Sheet] = field(default_factory=dict)
     groups: dict[int, Sheet] = field(default_factory=dict)
     strips: dict[int, tuple[str, Strip]] = field(default_factory=dict)
@@ -68,6 +79,8 @@ def write(
             before=before,
             after=after,
             sprite=assets.sprites.get(map_.number),
+            deconv_table=sources.deconv,
+            otherwise=assets.otherwise.get(map_.number, []),
             sprite_width=width,
             sprite_height=height,
             tile_px=assets.tile_px,

@@ -38,33 +38,40 @@ class Mention:
 
 def of_maps(run: Run, found: Sequence[ResultTable], layer: str) -> dict[str, list[Mention]]:
     """By the number of the feature map, what tables say of a layer's maps."""
-    return _mentions(run, found, ("layer", "feature_map"), "feature_map", pc.field("layer") == layer)
+    return _mentions(run, found, ("layer", "feature_map"), "feature_map", pc.field("layer") == layer, None)
 
 
-def of_images(run: Run, found: Sequence[ResultTable], keys: Sequence[str]) -> dict[str, list[Mention]]:
-    """By key, what tables say of images."""
-    return _mentions(run, found, ("key",), "key", pc.field("key").isin(list(keys)))
+def of_images(
+    run: Run, found: Sequence[ResultTable], keys: Sequence[str], data_id: str | None
+) -> dict[str, list[Mention]]:
+    """By key, what tables say of images of this set."""
+    return _mentions(run, found, ("key",), "key", pc.field("key").isin(list(keys)), data_id)
 
 
 def _mentions(
-    run: Run, found: Sequence[ResultTable], needed: tuple[str, ...], by: str, which: pc.Expression
+    run: Run,
+    found: Sequence[ResultTable],
+    needed: tuple[str, ...],
+    by: str,
+    which: pc.Expression,
+    data_id: str | None,
 ) -> dict[str, list[Mention]]:
     mentions: defaultdict[str, list[Mention]] = defaultdict(list)
     for table in found:
         if table.kind in _SHOWN_ELSEWHERE:
             continue
-        for thing, (fields, rows, total) in _rows(run, table, needed, by, which).items():
+        for thing, (fields, rows, total) in _rows(run, table, needed, by, which, data_id).items():
             heads = tuple((field.name, (field.metadata or {}).get(b"doc", b"").decode()) for field in fields)
             mentions[thing].append(Mention(table, heads, tuple(rows), total - len(rows)))
     return mentions
 
 
 def _rows(
-    run: Run, table: ResultTable, needed: tuple[str, ...], by: str, which: pc.Expression
+    run: Run, table: ResultTable, needed: tuple[str, ...], by: str, which: pc.Expression, data_id: str | None
 ) -> dict[str, tuple[list[pa.Field], list[tuple[str, ...]], int]]:
     """Thing -> the columns that are shown, its first rows in words, how many rows it has."""
     kept: dict[str, tuple[list[pa.Field], list[tuple[str, ...]], int]] = {}
-    for file in table.files:
+    for file in (file for file in table.files if file.is_of(data_id)):
         for batch in _batches(within(run.location, file.path), needed, which):
             fields = [field for field in batch.schema if field.name not in {*_LEFT_OUT, by}]
             for row, thing in enumerate(batch[by].to_pylist()):

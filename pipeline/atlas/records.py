@@ -217,6 +217,12 @@ class Sources:
             found[row["feature_map"]] += (_entry(row),)
         return found, {name: rows[0][name] for name in SEMANTICS} if deconv and rows else None
 
+    def semantics(self, table: str, layer: str) -> dict[str, str]:
+        """How a table of projections was made, of a layer that it has, at least for one cell."""
+        location = self.slice(table, layer)
+        rows = tables.read(location, list(SEMANTICS)).slice(0, 1).to_pylist() if location else []
+        return dict(rows[0]) if rows else {}
+
     def _groups(self, layer: str) -> dict[int, tuple[tuple[str, tuple[Entry, ...]], ...]]:
         """Groups of images by feature map, in the table's order."""
         location = self.slice(self.groups, layer)

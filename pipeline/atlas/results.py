@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 from urllib.parse import quote
 
 from PIL import Image
 
 from pipeline.atlas import boxes, catalogue, confusion, views
-from pipeline.atlas.boxes import Boxed
 from pipeline.atlas.catalogue import ResultTable
-from pipeline.atlas.heatmaps import heat
+from pipeline.atlas.class_maps import ImageMaps
+from pipeline.atlas.heatmaps import COLOUR_BAR, heat
 from pipeline.atlas.site import Site
 from pipeline.atlas.sprites import webp
 from pipeline.runs import Run
@@ -25,10 +26,13 @@ _GRIDS = {"probability_map", "activation_map"}
 _SHAPES = (("grid_rows", "grid_cols"), ("map_height", "map_width"))
 
 
-def write(site: Site, run: Run, found: Sequence[ResultTable]) -> None:
+def write(site: Site, run: Run, found: Sequence[ResultTable], maps_of_classes: Sequence[ImageMaps]) -> None:
     """A page for each table."""
     for table in found:
         rows = list(catalogue.first_rows(run, table))
+        gallery = boxes.gallery(run, found, table)
+        for place, boxed in enumerate(gallery.images if gallery else ()):
+            site.write(_picture_path(table, place), boxed.picture.jpeg)
         site.write_page(
             table.page,
             "table.html.j2",
@@ -39,20 +43,18 @@ def write(site: Site, run: Run, found: Sequence[ResultTable]) -> None:
             columns=catalogue.columns(run, table),
             charts=views.charts(run, table),
             confusion=confusion.of(run, table),
-            boxed=_boxed(site, run, found, table),
+            gallery=gallery,
+            picture_path=partial(_picture_path, table),
+            run_path=str(run.location),
+            maps_of_classes=[one for one in maps_of_classes if one.table == table.name],
+            colour_bar=COLOUR_BAR,
             heads=list(rows[0]) if rows else [],
             rows=[[_cell(site, table, place, name, row) for name in row] for place, row in enumerate(rows)],
         )
 
 
-def _boxed(site: Site, run: Run, found: Sequence[ResultTable], table: ResultTable) -> list[tuple[Boxed, str]]:
-    """Images with the table's boxes, and the paths of their pictures."""
-    shown = []
-    for place, boxed in enumerate(boxes.gallery(run, found, table)):
-        path = f"assets/tables/{table.name}-boxed-{place}.jpg"
-        site.write(path, boxed.picture.jpeg)
-        shown.append((boxed, path))
-    return shown
+def _picture_path(table: ResultTable, place: int) -> str:
+    return f"assets/tables/{table.name}-boxed-{place}.jpg"
 
 
 def pandas_line(run: Location, table: ResultTable) -> str:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import TypeVar, get_args
 
 import numpy as np
 import pandas as pd
@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 from pipeline.atlas.catalogue import ResultTable, within
 from pipeline.atlas.charts import Bars, Chart, bars, chart
 from pipeline.runs import Run
+from zfnet.detection import Fate, Outcome
 
 T = TypeVar("T")
 
@@ -60,6 +61,8 @@ class Means:
     values: tuple[str, ...]
     percent: bool = False
     ranked: bool = False
+    mean: bool = False
+    """Whether the mean over all of these is said first."""
 
     @property
     def columns(self) -> list[str]:
@@ -72,6 +75,8 @@ class Means:
         if self.ranked:
             means = means.sort_values(self.values[0], ascending=False, kind="stable")
         rows = [(str(name), [float(v) for v in row]) for name, row in zip(means.index, means.to_numpy(), strict=True)]
+        if self.mean:
+            rows.insert(0, ("mean", [float(value) for value in means.mean()]))
         names = [value.replace("_", " ") for value in self.values]
         return _drawn([bars(self.title, names, rows, percent=self.percent)])
 
@@ -103,7 +108,31 @@ class Spread:
         return _drawn([chart(self.title, curves, axis=self.value.replace("_", " "), percent=True)])
 
 
-View = Curves | Means | Spread
+@dataclass(frozen=True, kw_only=True)
+class Shares:
+    """The share of each value of `value`, over all rows and for each value of `by`."""
+
+    title: str
+    value: str
+    by: str
+
+    @property
+    def columns(self) -> list[str]:
+        """What is read."""
+        return [self.value, self.by]
+
+    def draw(self, frame: pd.DataFrame) -> list[Bars]:
+        """One table of bars."""
+        counts = pd.crosstab(frame[self.by], frame[self.value], margins=True, margins_name="all")
+        shares = counts.drop(columns="all").div(counts["all"], axis=0)
+        names = [str(name).replace("_", " ") for name in shares.columns]
+        rows = [(str(name), [float(share) for share in row]) for name, row in shares.iloc[::-1].iterrows()]
+        return _drawn([bars(self.title, names, rows[:1] + rows[:0:-1], percent=True)])
+
+
+View = Curves | Means | Spread | Shares
+
+_OBJECTS = tuple(f"objects_{fate}" for fate in get_args(Fate))
 
 VIEWS: dict[str, tuple[View, ...]] = {
     "metrics": (
@@ -152,6 +181,29 @@ VIEWS: dict[str, tuple[View, ...]] = {
     ),
     "evaluation": (Means(title="Error", by="split", values=("top1_error", "top5_error"), percent=True),),
     "predictions": (Means(title="Mean loss", by="label_name", values=("loss",), ranked=True),),
+    "localization": (Spread(title="Guesses by IoU with an object of their class", value="iou", by="rank"),),
+    "localization_images": (
+        Shares(title="What became of the images", value="outcome", by="label_name"),
+        Means(title="IoU with the object", by="label_name", values=("iou", "centred_iou"), percent=True),
+    ),
+    "localization_windows": (Spread(title="Windows by confidence", value="confidence", by="scale"),),
+    "detection": (Spread(title="Boxes by IoU with an object of their class", value="iou", by="outcome"),),
+    "detection_objects": (Shares(title="What became of the objects", value="fate", by="class_name"),),
+    "detection_curves": (
+        Curves(title="Precision and recall", x="recall", y="precision", by=("class_name",), percent=True),
+    ),
+    "detection_classes": (
+        Means(
+            title="Average precision",
+            by="class_name",
+            values=("average_precision",),
+            percent=True,
+            ranked=True,
+            mean=True,
+        ),
+        Means(title="Objects of the class", by="class_name", values=_OBJECTS),
+        Means(title="Boxes of the class", by="class_name", values=get_args(Outcome)),
+    ),
     "invariance": (
         Curves(title="Relative distance", x="amount", y="relative_distance", by=("layer",), apart="transform"),
         Curves(title="Probability", x="amount", y="probability", apart="transform", percent=True),

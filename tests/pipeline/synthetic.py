@@ -12,7 +12,19 @@ import torch
 from PIL import Image
 
 from pipeline import metrics, tables
-from pipeline.analyses import deconv, duplicates, evaluation, groups, object_occlusion, occlusion, pictures, top9, units
+from pipeline.analyses import (
+    deconv,
+    dense_maps,
+    detection,
+    duplicates,
+    evaluation,
+    groups,
+    object_occlusion,
+    occlusion,
+    pictures,
+    top9,
+    units,
+)
 from pipeline.projections import semantics_columns, stored
 from pipeline.runs import Run
 from zfnet.deconv import Semantics
@@ -52,13 +64,19 @@ def make_run(folder: Path, *, values: str = "float32", without: tuple[str, ...] 
     return run
 
 
-def entry(rows: int) -> dict[str, Any]:
-    return {"rows": rows, "fingerprint": IDENTITY, "samples": 40, "skipped": {"bad_image": 1}, "seconds": 1.0}
+def entry(rows: int, data_id: str = IDENTITY["data_id"]) -> dict[str, Any]:
+    return {
+        "rows": rows,
+        "fingerprint": {**IDENTITY, "data_id": data_id},
+        "samples": 40,
+        "skipped": {"bad_image": 1},
+        "seconds": 1.0,
+    }
 
 
-def finish(run: Run, table: str, slice_: str, rows: Any) -> None:
+def finish(run: Run, table: str, slice_: str, rows: Any, **of: str) -> None:
     tables.write(rows, run.slice(table, slice_))
-    run.finish(table, slice_, entry(rows.num_rows), run.location / "staging")
+    run.finish(table, slice_, entry(rows.num_rows, **of), run.location / "staging")
 
 
 def write_layer(run: Run, layer: str, values: str, without: tuple[str, ...], maps: int = 4, side: int = 12) -> None:
@@ -242,6 +260,42 @@ def write_others(run: Run) -> None:
         {"key": ["plain"], "layer": ["conv1"], "feature_map": [0], HOSTILE: [HOSTILE], "list": [[1.5] * 9]}
     )
     finish(run, "unheard_of", "all", unknown)
+
+
+def write_boxes(run: Run, keys: list[str], data_id: str = IDENTITY["data_id"]) -> None:
+    """A true box in each image; in the first one a box on it that is right, and a weaker one of a confused class."""
+    place = {"box_top": [10.0, 20.0], "box_left": [30.0, 40.0], "box_height": [20.0, 4.0], "box_width": [40.0, 4.0]}
+    truths = {name: values[:1] * len(keys) for name, values in place.items()}
+    truths |= {"key": keys, "fate": ["found", "missed"][: len(keys)], "class_name": [HOSTILE] * len(keys)}
+    rows = filled(detection.OBJECTS, len(keys), **truths)
+    finish(run, "detection_objects", "images", tables.conform(rows, detection.OBJECTS), data_id=data_id)
+    found = place | {"key": keys[:1] * 2, "outcome": ["right", "confused_class"], "score": [4.0, 1.0]}
+    rows = filled(detection.DETECTION, 2, **found)
+    finish(run, "detection", "images", tables.conform(rows, detection.DETECTION), data_id=data_id)
+
+
+def write_whole(run: Run, keys: list[str], height: int, width: int) -> None:
+    """Small pictures of whole images of this size."""
+    count = len(keys)
+    place = {"box_top": [0] * count, "box_left": [0] * count, "box_height": [height] * count}
+    rows = picture_rows("images", keys, **place, box_width=[width] * count, input_px=[None] * count)
+    finish(run, "pictures-detection", "images", rows)
+
+
+def write_detection(run: Run, keys: list[str]) -> None:
+    """Boxes, and the pictures that they are drawn on."""
+    write_boxes(run, keys)
+    write_whole(run, keys, 80, 160)
+
+
+def write_class_maps(run: Run) -> None:
+    """Of the image "plain" at one scale: the maps of the strongest class, and of its own."""
+    png = deconv.png(np.full((40, 60, 3), 60, dtype=np.uint8))
+    rows = {"key": ["plain"] * 2, "class": [1, 2], "class_name": [HOSTILE, CLASSES[2]], "rank": [1, 9]}
+    rows |= {"label_name": [CLASSES[2]] * 2, "map_height": [2] * 2, "map_width": [3] * 2, "window_px": [30] * 2}
+    rows |= {"box_height": [60.0] * 2, "box_width": [90.0] * 2, "step_height": [20.0] * 2, "step_width": [45.0] * 2}
+    rows |= {"probability_map": [[0.0, 0.5, 1.0, 0.25, 0.25, 0.25]] * 2, "image_png": [png, None]}
+    finish(run, "dense_maps", "images", tables.conform(filled(dense_maps.SCHEMA, 2, **rows), dense_maps.SCHEMA))
 
 
 def first(row: dict[str, Any]) -> dict[str, list[Any]]:

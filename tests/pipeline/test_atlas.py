@@ -24,10 +24,13 @@ from pipeline import metrics, tables
 from pipeline.analyses import (
     ablation,
     correspondence,
+    dense_maps,
+    detection,
     duplicates,
     evaluation,
     evolution_convergence,
     invariance,
+    localization,
     multilabel,
     object_occlusion,
     retrieval,
@@ -46,7 +49,19 @@ from pipeline.atlas.records import Sources
 from pipeline.projections import relative
 from pipeline.runs import Run, RunError, file_stem
 from pipeline.storage import Location
-from tests.pipeline.synthetic import HOSTILE, LAYERS, SIDE, filled, finish, make_run, picture_rows, write_layer
+from tests.pipeline.synthetic import (
+    HOSTILE,
+    LAYERS,
+    SIDE,
+    filled,
+    finish,
+    make_run,
+    picture_rows,
+    write_boxes,
+    write_class_maps,
+    write_layer,
+    write_whole,
+)
 
 SCHEMAS = {
     "ablation": ablation.SCHEMA,
@@ -67,6 +82,14 @@ SCHEMAS = {
     "scratch": scratch.SCHEMA,
     "multilabel": multilabel.SCHEMA,
     "retrieval": retrieval.SCHEMA,
+    "localization": localization.LOCALIZATION,
+    "localization_images": localization.IMAGES,
+    "localization_windows": localization.WINDOWS,
+    "detection": detection.DETECTION,
+    "detection_objects": detection.OBJECTS,
+    "detection_curves": detection.CURVES,
+    "detection_classes": detection.CLASSES,
+    "dense_maps": dense_maps.SCHEMA,
 }
 
 # --- reading pages ------------------------------------------------------------------------------------------------
@@ -240,6 +263,23 @@ def test_the_evolution_strip_shows_the_epochs_that_a_map_lives_in(site: Path) ->
     assert "Evolution" not in read(site, "maps/features.10/3.html").text
 
 
+def test_projections_of_several_tables_stand_side_by_side_with_their_semantics(tmp_path: Path) -> None:
+    run = make_run(tmp_path, without=("occlusion", "others"))
+    rows = tables.read(run.slice("deconv", "conv1"))
+    guided = pa.array(["guided"] * len(rows), rows.schema.field("relu").type)
+    rows = rows.set_column(rows.schema.get_field_index("relu"), rows.schema.field("relu"), guided)
+    finish(run, "deconv-guided", "conv1", rows)
+    index = built(run)
+    text = read(index, "maps/conv1/0.html").text.split("Projected in other ways")[1].split("Activity")[0]
+    first, second = text.split("deconv-guided")
+    assert "deconvnet: the signal itself is rectified" in first
+    assert "guided: the signal is rectified, and kept only where" in second
+    source = (index.parent / "maps" / "conv1" / "0.html").read_text()
+    for name in ("map-0000.webp", "map-0000-deconv-guided.webp"):
+        assert f'class="sprite" src="../../assets/conv1/{name}"' in source
+    assert "Projected in other ways" not in read(index, f"maps/{file_stem(LAYERS[1])}/0.html").text
+
+
 def test_contrasts_are_shares_of_the_maps_largest_value(tmp_path: Path) -> None:
     source = Sources(run=make_run(tmp_path, without=("others", "occlusion")))
     layer = source.layer("conv1")
@@ -291,28 +331,63 @@ def test_an_image_page_draws_the_boxes_that_tables_have_and_the_best_classes(sit
     assert "object_occlusion" in page.text.split("In other tables")[1]
 
 
-def test_boxes_in_original_pixels_find_their_place_on_the_input(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_boxes_of_one_analysis_are_drawn_together_in_the_images_own_pixels(tmp_path: Path) -> None:
     run = make_run(tmp_path, without=("occlusion",))
-    rows = {"key": ["whole", "whole", "unknown"], "box_top": [10.0, None, 1.0], "box_left": [30.0] * 3}
-    rows |= {"box_height": [20.0] * 3, "box_width": [40.0] * 3, "class_name": [HOSTILE] * 3}
-    finish(run, "detection", "images", pa.table(rows))
-    place = {"box_top": [0.0], "box_left": [20.0], "box_height": [80.0], "box_width": [160.0]}
-    finish(run, "pictures-detection", "images", picture_rows("images", ["whole"], **place))
-    known = boxes.BoxesOf(
-        table="detection",
-        name="detection",
-        sides=("box_top", "box_left", "box_height", "box_width"),
-        original=True,
-        caption=("class_name",),
-    )
-    monkeypatch.setattr(boxes, "BOXES", (known,))
-    page = read(built(run), "tables/detection.html")
-    # An input of 32 pixels shows 80 x 160 of the original, from (0, 20): 10 rows down is 4, 10 columns across is 2.
-    assert 'class="box box-1" x="2.0" y="4.0" width="8.0" height="8.0"' in page.path.read_text()
-    assert page.path.read_text().count('class="box box-1"') == 1  # nulls and images without a picture have no box
-    assert HOSTILE in page.text
+    write_boxes(run, ["whole", "plain"])
+    text = read(built(run), "tables/detection.html").text
+    assert "There are no pictures of these images yet" in text
+    assert "--of detection --whole --name detection" in text
+    write_whole(run, ["whole", "plain"], 80, 160)
+    finish(run, "pictures-elsewhere", "images", picture_rows("images", ["whole"]), data_id="other images")
+    for page in ("detection", "detection_objects"):
+        source = (built(run).parent / "tables" / f"{page}.html").read_text()
+        assert source.count('viewBox="0.0 0.0 160.0 80.0"') == 2
+        assert source.count('class="box box-1" x="30.0" y="10.0" width="40.0" height="20.0"') == 2  # the objects
+        assert source.count('class="box box-2" x="30.0" y="10.0" width="40.0" height="20.0"') == 1  # what is right
+        assert source.count('class="box box-5" x="40.0" y="20.0" width="4.0" height="4.0"') == 1  # a confused class
+        assert '<g class="kind-5" opacity="0.50">' in source  # a quarter of the other's score
+        assert 'data-fate="missed"' in source
+        assert HOSTILE in read(run_index(run), f"tables/{page}.html").text
+
+
+def run_index(run: Run) -> Path:
+    assert run.location.local is not None
+    return run.location.local / "atlas" / "index.html"
+
+
+def test_boxes_on_an_image_page_are_in_pixels_of_the_input(tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    write_boxes(run, ["plain"])
+    write_whole(run, ["plain"], 64, 128)
+    source = (built(run).parent / "images" / "occlusion-2.html").read_text()
+    # The input of 32 pixels is the middle of 64 x 128: half of it, from column 32. Row 10 is 5, column 30 is -1.
+    assert 'class="box box-1" x="-1.0" y="5.0" width="20.0" height="10.0"' in source
+    other = make_run(tmp_path / "other")
+    write_boxes(other, ["plain"], data_id="other images")  # which have the same keys
+    finish(other, "pictures-detection", "images", picture_rows("images", ["plain"]), data_id="other images")
+    page = read(built(other), "images/occlusion-2.html")
+    assert "box-1" not in page.path.read_text()
+    assert "detection_objects" not in page.text
+
+
+def test_class_maps_lie_on_the_image_about_the_centres_of_their_windows(tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    write_class_maps(run)
+    index = built(run)
+    for name in ("tables/dense_maps.html", "images/occlusion-2.html"):
+        source = (index.parent / name).read_text()
+        # Windows of 30 px, 10 down and 15 across from each other: the first cell's middle is at 15, 15.
+        assert source.count('x="7.50" y="10.00" width="45.00" height="20.00"') == 2
+        assert "at most 100.0" in read(index, name).text
+    assert "class-maps" not in (index.parent / "images" / "occlusion-1.html").read_text()
+    cells = np.asarray(Image.open(index.parent / "assets" / "class-maps" / "dense_maps-0-scale1-rank9.png"))
+    assert (cells[0] == colour_table()[[0, 128, 255]]).all()
+
+
+@pytest.mark.parametrize("known", boxes.BOXES, ids=lambda known: f"{known.table}-{known.name}")
+def test_boxes_ask_for_columns_that_the_table_has(known: boxes.BoxesOf) -> None:
+    asked = {*known.sides, *known.caption, *filter(None, (known.fate, known.strength)), *(known.apart or ("key",))[:1]}
+    assert asked <= set(SCHEMAS[known.table].names)
 
 
 @pytest.mark.parametrize(
@@ -548,6 +623,15 @@ def test_a_chart_leaves_out_what_is_not_finite() -> None:
     assert (high[1], low[1]) == (below.up[-1].at, below.up[0].at)
 
 
+def test_a_chart_of_many_points_or_curves_is_thinned_and_keeps_the_ends() -> None:
+    drawn = chart("p", {str(n): [(x, x / 2000) for x in range(2000)] for n in range(20)})
+    assert drawn is not None
+    assert (len(drawn.lines), drawn.left_out) == (16, 4)
+    assert all(len(line.points) <= 401 for line in drawn.lines)
+    assert drawn.lines[0].points[0][0] == drawn.left
+    assert drawn.lines[0].points[-1][0] == drawn.right
+
+
 def test_bars_have_one_scale_and_say_what_is_left_out() -> None:
     drawn = bars("b", ("x", "y"), [("one", (0.5, 0.25)), ("two", (None, float("nan"))), ("three", (1, -1))], most=2)
     assert drawn is not None
@@ -573,6 +657,16 @@ def test_views_are_means_by_group(tmp_path: Path) -> None:
     assert [(line.name, line.last) for line in drawn.lines] == [("a", 2.0), ("b", None)]
     (table,) = views.Means(title="t", by="layer", values=("y",)).draw(frame)
     assert [(name, bar.value) for name, (bar,) in table.rows] == [("a", 2.0), ("b", None)]
+    (shares,) = views.Shares(title="t", value="stage", by="layer").draw(frame.assign(stage=["x", "y", "x"]))
+    assert [(name, [bar.value for bar in bars]) for name, bars in shares.rows] == [
+        ("all", [2 / 3, 1 / 3]),
+        ("a", [0.5, 0.5]),
+        ("b", [1, 0]),
+    ]
+    (ranked,) = views.Means(title="t", by="layer", values=("stage",), ranked=True, mean=True).draw(
+        frame.assign(stage=[1, 1, 3])
+    )
+    assert [(name, bar.value) for name, (bar,) in ranked.rows] == [("mean", 2), ("b", 3), ("a", 1)]
     (spread,) = views.Spread(title="t", value="y", by="layer").draw(frame)
     assert spread.lines[0].last == 0.5  # of the two rows of a, one lies in the last tenth
 

@@ -15,7 +15,7 @@ import pytest
 
 from pipeline.atlas import Options, build
 from pipeline.runs import file_stem
-from tests.pipeline.synthetic import HOSTILE, LAYERS, make_run
+from tests.pipeline.synthetic import HOSTILE, LAYERS, make_run, write_class_maps, write_detection
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install -e .[dev]")
 
@@ -27,7 +27,10 @@ pytestmark = pytest.mark.skipif(BROWSER is None, reason="there is no chromium on
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("browser")
     other = make_run(folder / "other", without=("others",))
-    index = build(make_run(folder / "a run's <i>folder</i>"), Options(against=str(other.location))).local
+    run = make_run(folder / "a run's <i>folder</i>")
+    write_detection(run, ["plain", HOSTILE])
+    write_class_maps(run)
+    index = build(run, Options(against=str(other.location))).local
     assert index is not None
     return index.parent
 
@@ -98,6 +101,8 @@ MORE_PAGES = (
     "images/occlusion-2.html",
     "tables/feature_maps.html",
     "tables/unheard_of.html",
+    "tables/detection.html",
+    "tables/dense_maps.html",
 )
 
 
@@ -288,6 +293,22 @@ def test_the_square_says_what_the_network_sees_wherever_it_is(visit: Visit) -> N
         ".overlay", "all => all.map(i => [i.dataset.map, i.getAttribute('visibility'), i.getAttribute('opacity')])"
     )
     assert shown == [["probability", "hidden", "0.2"], ["activation", "hidden", "0.2"], ["class", "visible", "0.2"]]
+
+
+def test_kinds_of_boxes_are_shown_and_hidden_and_images_found_by_what_became_of_them(visit: Visit) -> None:
+    page = visit.open("tables/detection.html")
+    assert page.locator(".kind-1:visible").count() == 2
+    assert page.locator(".kind-5:visible").count() == 1
+    page.uncheck("[data-kind='1']")
+    assert page.locator(".kind-1:visible").count() == 0
+    assert page.locator(".kind-5:visible").count() == 1
+    page.select_option("select[name=fate]", "missed")
+    assert visit.shown("#boxed-list > li") == ["boxed-2"]
+    page.fill("#row-list-search", "confused")  # the page's other list
+    assert page.locator("#row-list > tr:visible").count() == 1
+    page = visit.open("tables/detection.html#" + visit.address.partition("#")[2])
+    assert visit.shown("#boxed-list > li") == ["boxed-2"]
+    assert page.locator("#row-list > tr:visible").count() == 1
 
 
 def test_pages_are_whole_without_script(browser: Any, site: Path) -> None:

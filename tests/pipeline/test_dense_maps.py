@@ -84,14 +84,14 @@ def test_a_map_is_the_softmax_of_every_window_of_the_image(tmp_path, data, strid
 
 def assert_windows_are_centred(row, image, sliding, stride, factor):
     """The windows lie side by side, and all of them in the middle of the original, to which `factor` leads."""
-    assert (row.window_height, row.window_width) == pytest.approx((70 * factor, 70 * factor), rel=0.02)
-    assert row.step_width / row.window_width == pytest.approx(sliding.step_px[stride] / 70)
-    assert row.step_height / row.window_height == pytest.approx(sliding.step_px[stride] / 70)
+    assert (row.box_height, row.box_width) == pytest.approx((70 * factor, 70 * factor), rel=0.02)
+    assert row.step_width / row.box_width == pytest.approx(sliding.step_px[stride] / 70)
+    assert row.step_height / row.box_height == pytest.approx(sliding.step_px[stride] / 70)
     beyond = 0 if stride == "fine" else (sliding.cells - 1) * sliding.step_px["fine"] * factor
-    bottom = row.top + row.step_height * (row.map_height - 1) + row.window_height + beyond
-    right = row.left + row.step_width * (row.map_width - 1) + row.window_width + beyond
-    assert row.top + bottom == pytest.approx(image.height, abs=1.1 * factor)
-    assert row.left + right == pytest.approx(image.width, abs=1.1 * factor)
+    bottom = row.box_top + row.step_height * (row.map_height - 1) + row.box_height + beyond
+    right = row.box_left + row.step_width * (row.map_width - 1) + row.box_width + beyond
+    assert row.box_top + bottom == pytest.approx(image.height, abs=1.1 * factor)
+    assert row.box_left + right == pytest.approx(image.width, abs=1.1 * factor)
 
 
 def test_images_are_chosen_and_workers_change_no_bit(tmp_path, data, ray_cluster):

@@ -162,6 +162,20 @@ def test_localisation_is_right_where_class_and_box_are(run, data, monkeypatch, c
         boxes, height, width = own[row.key]
         box = np.concatenate([0.5 - half, 0.5 + half]) * [height, width, height, width]
         assert row.centred_iou == pytest.approx(iou(box[None], boxes).max())
+        shown = [row.box_top, row.box_left, row.box_top + row.box_height, row.box_left + row.box_width]
+        guess = guesses[(guesses.key == row.key) & (guesses["class"] == row.label)].iloc[0]
+        edges = np.array(
+            [guess.box_top, guess.box_left, guess.box_top + guess.box_height, guess.box_left + guess.box_width]
+        )
+        assert iou(np.array(shown), edges) == iou(boxes, edges[None]).max() == pytest.approx(row.iou)
+        assert shown in boxes.tolist()
+
+
+def test_an_images_object_is_the_one_that_a_guess_comes_nearest_to():
+    truths, boxes = np.array([[0.0, 0, 9, 9], [10, 10, 20, 30]]), np.array([[10.0, 10, 20, 25], [50, 50, 60, 60]])
+    assert list(localization._nearest(truths, boxes).values()) == [10, 10, 10, 20]
+    assert list(localization._nearest(truths, boxes[:0]).values()) == [0, 0, 9, 9]
+    assert set(localization._nearest(truths[:0], boxes).values()) == {None}
 
 
 def test_localisation_errors_have_their_kind(run, data, monkeypatch):

@@ -41,6 +41,18 @@ def test_every_image_of_the_cells_has_its_picture_and_its_place(make_run, make_s
         assert place == pytest.approx(crop.to_original(0, 0, 64, 64), rel=1e-6)
 
 
+def test_whole_images_keep_their_proportions_and_say_their_size(make_run, make_shards):
+    run, data, options = swept(make_run, make_shards)
+    assert sweep.run(pictures.ANALYSIS, options, pictures.Config(whole=True, picture_px=40, slices=("conv1",))) == 0
+    originals = dict(samples_of(data))
+    for row in pd.read_parquet(run / "results" / "pictures").itertuples():
+        image, shown = Image.open(io.BytesIO(originals[row.key])), Image.open(io.BytesIO(row.picture_jpeg))
+        assert (row.box_top, row.box_left, row.box_height, row.box_width) == (0, 0, image.height, image.width)
+        assert max(shown.size) == row.picture_px <= 40
+        assert shown.width / shown.height == pytest.approx(image.width / image.height, rel=0.05)
+        assert np.isnan(row.input_px)
+
+
 def samples_of(data):
     import tarfile
 

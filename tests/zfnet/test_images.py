@@ -28,7 +28,8 @@ def test_the_crop_is_torchvisions(height, width, resize, crop):
 
     image = picture(height, width)
     reference = v2.Compose([v2.Resize(resize), v2.CenterCrop(crop)])(image)
-    pixels, _ = images.centre_crop(image, resize, crop)
+    pixels, place = images.centre_crop(image, resize, crop)
+    assert images.input_place(image.size, resize, crop) == place
     assert np.array_equal(pixels, np.asarray(reference))
 
 

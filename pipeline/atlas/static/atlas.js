@@ -88,9 +88,11 @@ class List {
   }
 
   remember() {
-    const state = new URLSearchParams();
+    const state = fromHash(); // with what another list of the page keeps there
+    for (const name of ["at", ...(this.form.elements.only ? ["selected"] : [])]) state.delete(name);
     for (const field of this.fields) {
       const value = field.type === "checkbox" ? (field.checked ? "1" : "") : field.value;
+      state.delete(field.name);
       if (value && value !== field.options?.[0].value) state.set(field.name, value);
     }
     if (this.selected.size) state.set("selected", [...this.selected].join(" "));
