@@ -9,7 +9,7 @@ probable class. All three come from the same forward passes here, and those comp
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -159,45 +159,72 @@ def sensitivity(
     row of scores an image, and scores or activations that are not finite.
     """
     _check_images(graph, clean, filled, grid)
-    if method not in ("incremental", "dense"):
-        raise ValueError(f"method={method!r} was given; expected 'incremental' or 'dense'")
-    if not 0 <= refine <= 1 or memory_mb <= 0:
-        raise ValueError(f"refine={refine}, memory_mb={memory_mb} were given; expected 0 to 1, and more than 0")
-    layer = watched_layer(graph)
-    activation = graph.activation_of(layer)
-    values = graph.run(clean[None], [activation, graph.output])
-    _check_scores(values[graph.output], target)
-    strongest = int(_first_largest(values[activation].amax((2, 3)), 1))
-    clean_class = int(_first_largest(values[graph.output], 1))
-    clean_probabilities = _probabilities(graph, values[graph.output])[0]
-    target = clean_class if target is None else target
-    plan = Incremental(graph, grid.extents(), activation, windows=method == "incremental")
-    occluded = Occluded(plan, clean, filled, strongest)
+    _check_options(method, refine, memory_mb)
+    seen = _look(graph, clean, target)
+    plan = Incremental(graph, grid.extents(), graph.activation_of(seen.layer), windows=method == "incremental")
+    occluded = Occluded(plan, clean, filled, seen.feature_map)
 
-    def measure(places: Tensor) -> _Maps:
-        return _measure(occluded, places, target, int(memory_mb * 2**20), all_probabilities)
+    def measure(places: Tensor, all_probabilities: bool = all_probabilities) -> _Maps:
+        return _measure(occluded, places, seen.target, int(memory_mb * 2**20), all_probabilities)
 
-    unoccluded = (values[activation][0, strongest].sum(), clean_probabilities[target])
+    unoccluded = (seen.activation, seen.probabilities[seen.target])
     maps = measure(_all_places(grid)) if refine == 1 else _refined(measure, grid, refine, unoccluded)
     lowest = _all_places(grid)[int(_first_largest(-maps.probability, 0))]
     shape = (grid.rows, grid.cols)
     return Sensitivity(
         grid=grid,
-        layer=layer,
-        feature_map=strongest,
         activation_map=maps.activation.view(shape),
         probability_map=maps.probability.view(shape),
         class_map=maps.top_class.view(shape),
         probabilities=maps.probabilities.view(*shape, -1) if all_probabilities else None,
         exact=refine == 1,
-        target=target,
-        clean_class=clean_class,
-        clean_probability=float(clean_probabilities[target]),
-        clean_class_probability=float(clean_probabilities[clean_class]),
         dense_from=occluded.dense_from,
-        clean_probabilities=clean_probabilities,
-        lowest_probabilities=_measure(occluded, lowest[None], target, int(memory_mb * 2**20), True).probabilities[0],
+        lowest_probabilities=measure(lowest[None], all_probabilities=True).probabilities[0],
+        **_described(seen),
     )
+
+
+class _Clean(NamedTuple):
+    """What the network makes of the image as it is."""
+
+    layer: str
+    feature_map: int
+    activation: Tensor
+    """Of that map, summed over its cells."""
+    target: int
+    class_: int
+    probabilities: Tensor
+
+
+def _look(graph: Graph, clean: Tensor, target: int | None) -> _Clean:
+    """The strongest map of the watched layer, and the classes; the target is the most probable one without another."""
+    layer = watched_layer(graph)
+    activation = graph.activation_of(layer)
+    values = graph.run(clean[None], [activation, graph.output])
+    _check_scores(values[graph.output], target)
+    strongest = int(_first_largest(values[activation].amax((2, 3)), 1))
+    class_ = int(_first_largest(values[graph.output], 1))
+    return _Clean(
+        layer,
+        strongest,
+        values[activation][0, strongest].sum(),
+        class_ if target is None else target,
+        class_,
+        _probabilities(graph, values[graph.output])[0],
+    )
+
+
+def _described(seen: _Clean) -> dict[str, Any]:
+    """What the clean image says, under the names of Sensitivity."""
+    return {
+        "layer": seen.layer,
+        "feature_map": seen.feature_map,
+        "target": seen.target,
+        "clean_class": seen.class_,
+        "clean_probability": float(seen.probabilities[seen.target]),
+        "clean_class_probability": float(seen.probabilities[seen.class_]),
+        "clean_probabilities": seen.probabilities,
+    }
 
 
 def watched_layer(graph: Graph) -> str:
@@ -304,6 +331,13 @@ def _check_images(graph: Graph, clean: Tensor, filled: Tensor, grid: Grid) -> No
             raise ValueError(
                 f"{name} has shape {tuple(image.shape)}; one image {channels} x {rows} x {cols} is expected"
             )
+
+
+def _check_options(method: str, refine: float, memory_mb: float) -> None:
+    if method not in ("incremental", "dense"):
+        raise ValueError(f"method={method!r} was given; expected 'incremental' or 'dense'")
+    if not 0 <= refine <= 1 or memory_mb <= 0:
+        raise ValueError(f"refine={refine}, memory_mb={memory_mb} were given; expected 0 to 1, and more than 0")
 
 
 def _check_scores(scores: Tensor, target: int | None) -> None:
