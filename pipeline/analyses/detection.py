@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import Any, NamedTuple, get_args
 
 import numpy as np
 import pyarrow as pa
@@ -49,8 +49,7 @@ class Config(Looking):
     def __post_init__(self) -> None:
         super().__post_init__()
         require_at_least_one(self, "most")
-        if not 0 <= self.least < 1:
-            raise RunError(f"--least is {self.least}: give a confidence from 0 to 1")
+        looked.require_confidence(self.least)
 
 
 _HEAD = [tables.MODEL_ID, tables.DATA_ID, tables.KEY, tables.SHARD]
@@ -168,10 +167,11 @@ class _Class:
 
 
 def fold(context: Context, parts: list[Location], slices: list[str]) -> Iterator[Finished]:
-    """The four tables."""
-    yield Finished("detection", SLICE, DETECTION, (_boxes(context, row) for row in looked.rows(context, parts)))
-    yield Finished("detection_objects", SLICE, OBJECTS, (_objects(context, row) for row in looked.rows(context, parts)))
-    gathered = _gather(context, parts)
+    """The four tables: what became of each box is judged first, and the boxes are streamed beside it."""
+    gathered, judged, objects = _gather(context, parts)
+    rows = zip(looked.rows(context, parts), judged, strict=True)
+    yield Finished("detection", SLICE, DETECTION, (_boxes(context, row, known) for row, known in rows))
+    yield Finished("detection_objects", SLICE, OBJECTS, iter(objects))
     curves = (_curve(context, class_, known) for class_, known in gathered.items())
     yield Finished("detection_curves", SLICE, CURVES, curves)
     found = [_class(context, class_, known) for class_, known in gathered.items()]
@@ -179,24 +179,37 @@ def fold(context: Context, parts: list[Location], slices: list[str]) -> Iterator
     yield Finished("detection_classes", SLICE, CLASSES, iter([table]))
 
 
-def _judged(row: Row) -> tuple[Any, list[Outcome], list[Fate]]:
+class _Judged(NamedTuple):
+    """What became of an image's boxes and objects."""
+
+    matched: Any
+    """[boxes] the object that each finds, or -1."""
+    outcomes: list[Outcome]
+    fates: list[Fate]
+
+
+def _judge(row: Row) -> _Judged:
     found = row.found
     matched = match_classes(found.boxes, found.scores, found.classes, row.object_boxes, row.object_classes)
     known = (found.boxes, found.classes, row.object_boxes, row.object_classes, matched)
-    return matched, outcomes(*known), fates(*known)
+    return _Judged(matched, outcomes(*known), fates(*known))
 
 
-def _gather(context: Context, parts: list[Location]) -> dict[int, _Class]:
+def _gather(context: Context, parts: list[Location]) -> tuple[dict[int, _Class], list[_Judged], list[pa.Table]]:
+    """By class, and in index order by image: what became of the boxes, and the rows of the objects."""
     background = looked.background_of(context)
     found = {class_: _Class([], [], []) for class_ in range(len(context.model.classes)) if class_ != background}
+    judged, objects = [], []
     for row in looked.rows(context, parts):
-        _, boxes, objects = _judged(row)
-        for class_, score, outcome in zip(row.found.classes.tolist(), row.found.scores.tolist(), boxes, strict=True):
-            found[class_].scores.append(score)
-            found[class_].outcomes.append(outcome)
-        for class_, fate in zip(row.object_classes.tolist(), objects, strict=True):
-            found[class_].fates.append(fate)
-    return found
+        known = _judge(row)
+        for class_, score, outcome in zip(row.found.classes, row.found.scores, known.outcomes, strict=True):
+            found[int(class_)].scores.append(float(score))
+            found[int(class_)].outcomes.append(outcome)
+        for class_, fate in zip(row.object_classes, known.fates, strict=True):
+            found[int(class_)].fates.append(fate)
+        judged.append(known)
+        objects.append(_objects(context, row, known))
+    return found, judged, objects
 
 
 def _head(context: Context, row: Row, count: int) -> dict[str, Any]:
@@ -204,9 +217,8 @@ def _head(context: Context, row: Row, count: int) -> dict[str, Any]:
     return {column: [value] * count for column, value in head.items()}
 
 
-def _boxes(context: Context, row: Row) -> pa.Table:
+def _boxes(context: Context, row: Row, judged: _Judged) -> pa.Table:
     found = row.found
-    matched, kinds, _ = _judged(row)
     overlap = iou(found.boxes[:, None], row.object_boxes[None])
     own = np.where(found.classes[:, None] == row.object_classes[None], overlap, 0)
     columns = {
@@ -217,14 +229,14 @@ def _boxes(context: Context, row: Row) -> pa.Table:
         "score": found.scores,
         **box_columns(found.boxes),
         "windows": found.windows,
-        "outcome": kinds,
+        "outcome": judged.outcomes,
         "iou": own.max(1, initial=0),
-        "object": [None if place < 0 else int(place) for place in matched],
+        "object": [None if place < 0 else int(place) for place in judged.matched],
     }
     return tables.conform(columns, DETECTION)
 
 
-def _objects(context: Context, row: Row) -> pa.Table:
+def _objects(context: Context, row: Row, judged: _Judged) -> pa.Table:
     count = len(row.object_classes)
     columns = {
         **_head(context, row, count),
@@ -232,7 +244,7 @@ def _objects(context: Context, row: Row) -> pa.Table:
         "class": row.object_classes,
         "class_name": names_of(context, row.object_classes),
         **box_columns(row.object_boxes),
-        "fate": _judged(row)[2],
+        "fate": judged.fates,
         "refused": [len(row.refused)] * count,
     }
     return tables.conform(columns, OBJECTS)

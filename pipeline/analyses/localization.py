@@ -22,7 +22,7 @@ from pipeline.analyses.looked import BOX, PART, SLICE, Batch, Looking, Row, box_
 from pipeline.analysis import Analysis, Finished
 from pipeline.context import Context, Options
 from pipeline.progress import say
-from pipeline.runs import Run, RunError, named, require_at_least_one
+from pipeline.runs import Run, named, require_at_least_one
 from pipeline.storage import Location
 from zfnet.detection import RIGHT
 from zfnet.localization import Found, Looker, Seen, first_of_each_class, merged, top_classes
@@ -43,8 +43,7 @@ class Config(Looking):
     def __post_init__(self) -> None:
         super().__post_init__()
         require_at_least_one(self, "classes_per_scale", "guesses")
-        if not 0 <= self.least < 1:
-            raise RunError(f"--least is {self.least}: give a confidence from 0 to 1")
+        looked.require_confidence(self.least)
 
 
 _HEAD = [tables.MODEL_ID, tables.DATA_ID, tables.KEY, tables.SHARD, tables.LABEL, tables.LABEL_NAME]

@@ -49,6 +49,12 @@ class Looking:
             raise RunError(f"--threshold is {self.threshold}: give 0 or more")
 
 
+def require_confidence(least: float) -> None:
+    """The option --least must be a confidence. Raises: RunError."""
+    if not 0 <= least < 1:
+        raise RunError(f"--least is {least}: give a confidence from 0 to 1")
+
+
 _FLOATS, _INTS = pa.list_(pa.float64()), pa.list_(pa.int32())
 
 PART = pa.schema(
