@@ -1,6 +1,7 @@
 """The papers' tables beside this run's: the same measure, of whatever data and network the run has.
 
-The numbers are those of Zeiler and Fergus, Visualizing and Understanding Convolutional Networks, arXiv 1311.2901v3.
+The numbers are those of Zeiler and Fergus, Visualizing and Understanding Convolutional Networks, arXiv 1311.2901v3, and
+of Sermanet et al., OverFeat, arXiv 1312.6229v4.
 """
 
 from __future__ import annotations
@@ -93,6 +94,16 @@ def _multilabel(frame: pd.DataFrame) -> Rows:
     ]
 
 
+def _localization(frame: pd.DataFrame) -> Rows:
+    judged = frame["outcome"][frame["outcome"] != "none"]  # images without an object of their class
+    return [(f"this run, {len(judged)} images", (_percent((judged != "right").mean()),))]
+
+
+def _detection(frame: pd.DataFrame) -> Rows:
+    known = frame["average_precision"].dropna()
+    return [(f"this run, {len(known)} classes", (_percent(known.mean()),))]
+
+
 def _ablation(frame: pd.DataFrame) -> Rows:
     errors = ("train_top1_error", "top1_error", "top5_error")
     return [
@@ -157,10 +168,31 @@ PAPER_TABLES = (
         "Table 6: PASCAL 2012 classification",
         "Mean over classes of the average precision, in per cent.",
         ("mean average precision",),
-        lambda: [("Sande et al.", ("74.3",)), ("Yan et al.", ("82.2",)), ("ZFNet", ("79.0",))],
+        lambda: [
+            (name, (mean,))
+            for name, mean in zip(("Sande et al.", "Yan et al.", "ZFNet"), paper.PASCAL[-1][1:], strict=True)
+        ],
         "multilabel",
         ("layer", "average_precision"),
         _multilabel,
+    ),
+    PaperTable(
+        "OverFeat, figure 9: localisation on ImageNet 2012",
+        "Images without a right class and box among five guesses, in per cent.",
+        ("error",),
+        lambda: _rows(paper.LOCALIZATION),
+        "localization_images",
+        ("outcome",),
+        _localization,
+    ),
+    PaperTable(
+        "OverFeat, figure 11: detection on ImageNet 2013",
+        "Mean over classes of the average precision, in per cent.",
+        ("mean average precision",),
+        lambda: _rows(paper.DETECTION),
+        "detection_classes",
+        ("average_precision",),
+        _detection,
     ),
 )
 

@@ -1,4 +1,4 @@
-"""The papers' own numbers, to stand beside a run's: ZFNet (arXiv v3), tables 1, 2 and 4 to 7."""
+"""The papers' own numbers, beside a run's: ZFNet (arXiv v3), tables 1, 2, 4 to 7; OverFeat, figures 9, 11."""
 
 from __future__ import annotations
 
@@ -73,3 +73,22 @@ LAYERS = [
     ["Softmax (7)", "85.4 +- 0.4", "72.6 +- 0.1"],
 ]
 """Table 7: accuracy on Caltech-101 (30 of each class) and Caltech-256 (60) by classifier and layer."""
+
+LOCALIZATION = [
+    ["OverFeat, one regressor, centred crop", "40.0"],
+    ["OverFeat, one regressor, 1 scale", "36.0"],
+    ["OverFeat, one regressor, 2 scales", "31.5"],
+    ["OverFeat, one regressor, 3 scales", "31.3"],
+    ["OverFeat, one regressor, 4 scales", "30.0"],
+    ["OverFeat, one for each class, 3 scales", "44.1"],
+]
+"""OverFeat, figure 9: localisation error of the validation images with five guesses, in percent."""
+
+DETECTION = [
+    ["OverFeat, after the contest", "24.3"],
+    ["UvA", "22.6"],
+    ["NEC", "20.9"],
+    ["OverFeat, as entered", "19.4"],
+    ["Toronto A", "11.5"],
+]
+"""OverFeat, figure 11: mean average precision over the 200 classes of the test images, in percent."""

@@ -298,6 +298,20 @@ def test_the_overview_leads_to_all_and_the_run_page_gives_numbers_and_pandas_lin
     assert "Table 6: PASCAL 2012 classification: not measured yet" in text
 
 
+def test_errors_of_boxes_stand_beside_overfeats(tmp_path: Path) -> None:
+    run = make_run(tmp_path, without=("occlusion", "others"))
+    outcomes = {"outcome": ["right", "missed", "poor_overlap", "right", None], "key": list("abcde")}
+    for name, schema, rows in (
+        ("localization_images", localization.IMAGES, filled(localization.IMAGES, 5, **outcomes)),
+        ("detection_classes", detection.CLASSES, filled(detection.CLASSES, 3, average_precision=[0.5, 0.75, None])),
+    ):
+        finish(run, name, "images", tables.conform(rows, schema))
+    text = read(built(run), "run.html").text
+    assert "this run, 4 images50.0" in text
+    assert "this run, 2 classes62.5" in text
+    assert "OverFeat, one regressor, 4 scales30.0" in text
+
+
 def test_a_table_page_has_documented_columns_ranges_and_rows(site: Path) -> None:
     text = read(site, "tables/top9.html").text
     assert "Place among the images of this feature map, from 1." in text
