@@ -97,6 +97,10 @@ CALLS = {
     "ablation": Call(
         "ablation", ("--run", "{at}/ablation", *SCENES, "--variants", "zfnet_small", *TRAINING), ("ablation/ablation",)
     ),
+    "scratch": on_zfnet(
+        *("scratch", *SCENES, "--images-per-class", "1", "--folds", "1", "--test-images", "1"),
+        *("--epochs", "1", "--batch", "4", "--decoders", "0", *ALONE),
+    ),
     "train overfeat": Call("train", ("--run", OVERFEAT, *SCENES, "--architecture", "overfeat_fast_small", *TRAINING)),
     "train_localizer": Call(
         "train_localizer", ("--run", LOCALIZER, "--from", OVERFEAT, *SCENES, "--scales", "1", *TRAINING)
