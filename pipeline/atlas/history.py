@@ -19,6 +19,8 @@ SKIPPED_SHOWN = 200
 CLASSES_SHOWN = 60
 _METRICS = ["epoch", "learning_rate", "train_loss", "train_top1", "validation_loss"]
 _METRICS += ["validation_top1", "validation_top5", "seconds"]
+_OF_WINDOWS = ["epoch", "learning_rate", "train_loss", "train_right", "validation_loss", "validation_right", "seconds"]
+"""Those of a training on windows: a localizer's, or a detector's."""
 _SHOWN_APART = ("architecture", "classes", "model_id", "versions", "preprocessing", "training", "history")
 
 
@@ -51,10 +53,11 @@ def write(site: Site, run: Run, facts: dict[str, Any], found: Sequence[ResultTab
 
 def epochs(run: Run, found: Sequence[ResultTable]) -> dict[str, list[Any]]:
     """The metrics that pages show, in the order of the epochs; empty where the run has none, or other ones."""
-    frames = [views.read(run, table, _METRICS) for table in found if table.name == "metrics"]
-    if not frames or frames[0] is None:
-        return {name: [] for name in _METRICS}
-    return {str(name): values for name, values in frames[0].sort_values("epoch").to_dict("list").items()}
+    for table in (table for table in found if table.name == "metrics"):
+        for names in (_METRICS, _OF_WINDOWS):
+            if (frame := views.read(run, table, names)) is not None:
+                return {str(name): values for name, values in frame.sort_values("epoch").to_dict("list").items()}
+    return {"epoch": []}
 
 
 def flat(settings: Any, name: str = "") -> list[tuple[str, str]]:
@@ -83,9 +86,10 @@ def charts(runs: dict[str, dict[str, list[Any]]]) -> list[Chart]:
         prefix = f"{name}: " if name else ""
         for which in ("train", "validation"):
             loss[f"{prefix}{_WORD[which]}"] = _points(epochs, f"{which}_loss")
-        for which in ("validation_top1", "validation_top5", "train_top1"):
-            error[f"{prefix}{_WORD[which]}"] = [(x, 1 - y) for x, y in _points(epochs, which)]
-    found = chart("Loss (mean cross-entropy)", loss), chart("Error", error, percent=True)
+        for which in ("validation_top1", "validation_top5", "train_top1", "validation_right", "train_right"):
+            if which in epochs:
+                error[f"{prefix}{_WORD[which]}"] = [(x, 1 - y) for x, y in _points(epochs, which)]
+    found = chart("Loss", loss), chart("Error", error, percent=True)
     return [drawn for drawn in found if drawn]
 
 
@@ -95,8 +99,10 @@ _WORD = {
     "train_top1": "training top-1",
     "validation_top1": "validation top-1",
     "validation_top5": "validation top-5",
+    "train_right": "training windows",
+    "validation_right": "validation windows",
 }
 
 
 def _points(epochs: dict[str, list[Any]], name: str) -> list[tuple[float, float]]:
-    return list(zip(epochs["epoch"], epochs[name], strict=True))
+    return list(zip(epochs["epoch"], epochs[name], strict=True)) if name in epochs else []

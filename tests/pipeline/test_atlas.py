@@ -20,7 +20,7 @@ import pyarrow.fs as pafs
 import pytest
 from PIL import Image
 
-from pipeline import metrics, tables
+from pipeline import box_loop, metrics, tables
 from pipeline.analyses import (
     ablation,
     correspondence,
@@ -310,6 +310,18 @@ def test_errors_of_boxes_stand_beside_overfeats(tmp_path: Path) -> None:
     assert "this run, 4 images50.0" in text
     assert "this run, 2 classes62.5" in text
     assert "OverFeat, one regressor, 4 scales30.0" in text
+
+
+def test_a_training_on_windows_has_its_curves(tmp_path: Path) -> None:
+    run = make_run(tmp_path, without=("metrics", "occlusion", "others"))
+    for epoch in (1, 2):
+        row = {name: [0.25] for name in box_loop.METRICS.names} | {"epoch": [epoch]}
+        tables.write(tables.conform(row, box_loop.METRICS), run.location / "metrics" / f"epoch-000{epoch}.parquet")
+    index = built(run)
+    text = read(index, "run.html").text
+    assert "training windows, last 75.0 %" in text  # of which a quarter is right
+    assert "Validation right" in text
+    assert "trained for 2 epochs, 25.0 % of the validation windows right" in " ".join(Reader(index).page.text.split())
 
 
 def test_a_table_page_has_documented_columns_ranges_and_rows(site: Path) -> None:
