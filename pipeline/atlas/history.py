@@ -21,6 +21,19 @@ _METRICS = ["epoch", "learning_rate", "train_loss", "train_top1", "validation_lo
 _METRICS += ["validation_top1", "validation_top5", "seconds"]
 _OF_WINDOWS = ["epoch", "learning_rate", "train_loss", "train_right", "validation_loss", "validation_right", "seconds"]
 """Those of a training on windows: a localizer's, or a detector's."""
+HEADINGS = {
+    "epoch": "Epoch",
+    "learning_rate": "Learning rate",
+    "train_loss": "Training loss",
+    "train_top1": "Training top-1",
+    "train_right": "Training windows right",
+    "validation_loss": "Validation loss",
+    "validation_top1": "Validation top-1",
+    "validation_top5": "Validation top-5",
+    "validation_right": "Validation windows right",
+    "seconds": "Seconds",
+}
+_SHARES = {"train_top1", "train_right", "validation_top1", "validation_top5", "validation_right"}
 _SHOWN_APART = ("architecture", "classes", "model_id", "versions", "preprocessing", "training", "history")
 
 
@@ -40,6 +53,8 @@ def write(site: Site, run: Run, facts: dict[str, Any], found: Sequence[ResultTab
         more={name: as_text(value) for name, value in facts.items() if name not in _SHOWN_APART},
         data_ids=data_ids(run, found),
         epochs=known,
+        headings=HEADINGS,
+        shares=_SHARES,
         charts=charts({"": known}),
         confusions=[(table, matrix) for table, matrix in matrices if matrix],
         papers=papers.beside(run, list(found)),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterator
 
 import numpy as np
@@ -9,12 +10,13 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from pipeline.atlas.heatmaps import class_colours
-from pipeline.figures.sheet import Pixels, mosaic, picture, sheet
+from pipeline.figures.sheet import Pixels, mosaic, picture, sheet, wrapped
 from pipeline.figures.source import Missing, Row, Source
 from pipeline.figures.tiles import PLACE, PROJECTION, image_of, whole_projection
 
 OTHERS = 3  # further images that excite the map, as printed
 GREY = 128
+_LONGEST_NAME = 40
 _COLUMNS = [
     "key", "label_name", "target_class", "clean_class", "grid_rows", "grid_cols", "occluder_px", "occluder_width_px",
     "stride_px", "layer", "feature_map", "activation_map", "probability_map", "class_map", "image_png",
@@ -31,10 +33,10 @@ def draw(source: Source) -> Iterator[tuple[str, Figure]]:
         grid = (row["grid_rows"], row["grid_cols"])
         picture(line[0], _with_square(row), f"{row['label_name'] or row['key']}")
         activation = line[1].imshow(row["activation_map"].reshape(grid), cmap="viridis")
-        line[1].set_title(f"{row['layer']}, map {row['feature_map']}: activation")
+        line[1].set_title(wrapped(f"{row['layer']}, map {row['feature_map']}: activation", line[1]))
         picture(line[2], _projections(source, row), "the map's projections")
         probability = line[3].imshow(row["probability_map"].reshape(grid), cmap="viridis")
-        line[3].set_title(f"probability of {_name(classes, row['target_class'])}")
+        line[3].set_title(wrapped(f"probability of {_name(classes, row['target_class'])}", line[3]))
         colours, legend = class_colours(row["class_map"].reshape(grid), row["target_class"])
         picture(line[4], colours, "most probable class")
         handles = [Patch(color=entry.colour, label=_name(classes, entry.number)) for entry in legend[:6]]
@@ -46,7 +48,7 @@ def draw(source: Source) -> Iterator[tuple[str, Figure]]:
 
 
 def _name(classes: list[str], number: int | None) -> str:
-    return "others" if number is None else classes[number]
+    return "others" if number is None else textwrap.shorten(classes[number], _LONGEST_NAME, placeholder="…")
 
 
 def _with_square(row: Row) -> Pixels:
@@ -68,4 +70,4 @@ def _projections(source: Source, row: Row) -> Pixels:
         top = []
     others = [one for one in top if one["feature_map"] == row["feature_map"] and one["key"] != row["key"]]
     found += sorted(others, key=lambda one: one["rank"])[:OTHERS]
-    return mosaic([whole_projection(one, input_px) for one in found], 2, gap=4)
+    return mosaic([whole_projection(one, input_px) for one in found], min(2, len(found)), gap=4)

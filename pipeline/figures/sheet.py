@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import textwrap
 import warnings
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
@@ -20,6 +21,8 @@ Pixels = npt.NDArray[np.uint8]
 
 WHITE = 255
 DPI = 150
+_LETTER = 0.55
+"""Width of a letter, as a share of its size."""
 _STYLE: Any = {
     "font.size": 8,
     "axes.titlesize": 8,
@@ -62,7 +65,13 @@ def picture(axes: Axes, pixels: npt.NDArray[Any], title: str = "", **how: Any) -
     axes.imshow(pixels, interpolation="nearest", **how)
     axes.set_axis_off()
     if title:
-        axes.set_title(title)
+        axes.set_title(wrapped(title, axes))
+
+
+def wrapped(title: str, axes: Axes) -> str:
+    """A title in lines no longer than the axes are wide, so that it stays clear of its neighbours'."""
+    points = axes.bbox.width * 72 / axes.figure.dpi
+    return textwrap.fill(title, max(12, int(points / (_STYLE["axes.titlesize"] * _LETTER))))
 
 
 def mosaic(tiles: Sequence[Pixels | None], columns: int, gap: int = 2) -> Pixels:
