@@ -144,12 +144,17 @@ class Context:
 
 
 def open_context(
-    options: Options, config: Any, analysis: str, device: str, load: Callable[[Run, Any], Model] = runs_model
+    options: Options,
+    config: Any,
+    analysis: str,
+    device: str,
+    load: Callable[[Run, Any], Model] = runs_model,
+    shards: Callable[[str, str | None], Index] = Index.load,
 ) -> Context:
-    """Load a model of the run and the shards' index."""
+    """Load a model of the run and then the shards' index, which it may take minutes to draw."""
     run = Run.at(options.run)
     model = load(run, config)
-    index = Index.load(options.data, options.index)
+    index = shards(options.data, options.index)
     if device == "cuda":
         model.network.to(device)
     size = model.preprocessing.crop_px

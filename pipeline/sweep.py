@@ -46,8 +46,7 @@ def run(analysis: Analysis, options: Options, config: Any) -> int:
     """
     started = time.time()
     given, options = options, options.resolved()
-    shards_or_default(given.data, given.index)
-    context = open_context(options, config, analysis.table, "cpu", analysis.model)
+    context = open_context(options, config, analysis.table, "cpu", analysis.model, shards_or_default)
     context = replace(context, config=analysis.resolve(context))
     if context.graph.unknown:
         say(f"{context.table}: {context.graph.limits()}")

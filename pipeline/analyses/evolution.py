@@ -250,10 +250,10 @@ def run(options: Options, config: Config) -> int:
     Raises: RunError, BadShards, StorageError, CannotSchedule, SweepFailed, each with a message for the user.
     """
     resolved = options.resolved()
-    shards_or_default(options.data, options.index)
     # Chosen once: training may go on meanwhile.
     config = replace(config, epochs=tuple(chosen_epochs(Run.at(options.run), config.epochs)))
-    resolve(open_context(resolved, config, ANALYSIS.table, "cpu", first_model))  # what is refused is refused at once
+    # What is refused is refused at once.
+    resolve(open_context(resolved, config, ANALYSIS.table, "cpu", first_model, shards_or_default))
     status = sweep.run(evolution_cells.ANALYSIS, options, config.cells)
     if options.plan and not _have_cells(resolved, config):
         return status

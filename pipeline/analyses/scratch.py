@@ -83,8 +83,9 @@ def run(options: Options) -> int:
 
     Raises: RunError where a class has too few images; and as a training and an evaluation do.
     """
-    directory, index = Run.at(options.run), shards_or_default(options.data, options.index)
+    directory = Run.at(options.run)
     architecture = options.architecture or str(directory.describe()["architecture"])
+    index = shards_or_default(options.data, options.index)
     rows, draws = _drawn(options, index)
     status = 0
     with nullcontext() if options.workers.num == 0 else cluster.connected(options.address):

@@ -3,10 +3,11 @@
 KILL_SEED=N draws the same moments again.
 """
 
+import json
 import shutil
 import time
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pandas as pd
@@ -14,6 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from pipeline.box_loop import BACKGROUND
 from pipeline.runs import Run
 from pipeline.shards import index_shards
 from tests.conftest import CLASSES, random_model, samples
@@ -32,6 +34,7 @@ from tests.jobs.killing import (
     survivors,
     wait_until_gone,
 )
+from tests.pipeline.boxed import save_network
 from tests.pipeline.exact import assert_same, bits, files
 from tests.tars import write_tar
 from zfnet.images import Preprocessing
@@ -52,6 +55,10 @@ class Sweep:
     arguments: tuple[object, ...]
     seen: str
     """A table that says how many samples were read: a row each, or its column `images`."""
+    after: str | None = None
+    """The job whose table it reads."""
+    network: str = "zfnet"
+    """The run that it is of: a network that classifies, or one that finds boxes."""
 
     def command(self, run: Path, data: Path, *more: object) -> tuple[object, ...]:
         return ("--run", run, "--data", data, "--max-skipped", 0.1, *self.arguments, *more)
@@ -61,7 +68,7 @@ SWEEPS = {
     sweep.job: sweep
     for sweep in (
         Sweep("top9", ("top9", "feature_maps", "maxima"), ("--part-size", 4, "--batch-size", 2), "feature_maps"),
-        Sweep("deconv", ("deconv",), ("--part-size", 4, "--batch-size", 2), "deconv"),
+        Sweep("deconv", ("deconv",), ("--part-size", 4, "--batch-size", 2), "deconv", after="top9"),
         Sweep("occlusion", ("occlusion",), ("--part-size", 1, "--first", 25, "--stride-px", 8), "occlusion"),
         Sweep(
             "evaluate",
@@ -70,37 +77,93 @@ SWEEPS = {
             "predictions",
         ),
         Sweep("features", ("features",), ("--part-size", 4, "--batch-size", 2), "features"),
+        Sweep("invariance", ("invariance",), ("--part-size", 1, "--first", 25), "invariance"),
+        Sweep(
+            "correspondence",
+            ("correspondence", "correspondence_pairs", "correspondence_images"),
+            ("--part-size", 2, "--first", 40, "--mask-px", 11, "--random", 1),
+            "correspondence_images",
+        ),
+        Sweep(
+            "object_occlusion",
+            ("object_occlusion",),
+            ("--part-size", 1, "--per-class", 8, "--places", 2),
+            "object_occlusion",
+        ),
+        Sweep(
+            "localize",
+            ("localization", "localization_images", "localization_windows"),
+            ("--part-size", 4, "--scales", 1, 2),
+            "localization_images",
+            network="boxes",
+        ),
+        Sweep(
+            "detect",
+            ("detection", "detection_objects", "detection_curves", "detection_classes"),
+            ("--part-size", 4, "--scales", 1, 2),
+            "detection_objects",
+            network="boxes",
+        ),
+        Sweep(
+            "dense_maps",
+            ("dense_maps",),
+            ("--part-size", 4, "--batch-size", 2, "--scales", 1, 2),
+            "dense_maps",
+            network="boxes",
+        ),
     )
 }
 TRAIN = ("--epochs", EPOCHS, "--batch", 8, "--checkpoint-steps", 2, "--workers.num", 2, "--workers.cpus", 1)
 """With two workers: the documented guarantee is the same bits on as many workers."""
 
 
+@dataclass(frozen=True)
+class Undisturbed:
+    """Shards, of which two images are broken, and a run of each network whose sweeps nothing disturbed."""
+
+    data: Path
+    runs: dict[str, Path]
+    finished: set[str] = field(default_factory=set)
+
+    def run_of(self, sweep: Sweep) -> Path:
+        """The run with this sweep's tables, which are made without Ray."""
+        if sweep.after is not None:
+            self.run_of(SWEEPS[sweep.after])
+        run = self.runs[sweep.network]
+        if sweep.job not in self.finished:
+            done = shell.run(sweep.job, *sweep.command(run, self.data, "--workers.num", 0))
+            assert done.status == 0, done.out + done.err
+            self.finished.add(sweep.job)
+        return run
+
+
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
-    """A run with all sweeps finished, without Ray, and its shards, of which two images are broken."""
-    data, run = tmp_path_factory.mktemp("data"), tmp_path_factory.mktemp("undisturbed")
+    data = tmp_path_factory.mktemp("data")
     for shard, size in enumerate(SIZES):
-        pictures = [(key, _broken(key, members)) for key, members in samples(size, seed=shard)]
+        pictures = [(key, _described(key, members)) for key, members in samples(size, seed=shard)]
         write_tar(data / f"val-{shard:06d}.tar", pictures)
     write_tar(data / "train-000000.tar", samples(STEPS * 8, seed=9))
     (data / "classes.txt").write_text("\n".join(CLASSES) + "\n")
     index_shards([str(path) for path in data.glob("*.tar")], str(data), classes=None, accept_damaged=False)
-    network = random_model()
+    network, run = random_model(), tmp_path_factory.mktemp("zfnet")
     preprocessing = Preprocessing(
         resize_px=network.resize_px, crop_px=network.input_px, mean=torch.full((3, 1, 1), 120.0)
     )
     Run.at(str(run)).save_model(
         network, architecture="zfnet_small", classes=CLASSES, preprocessing=preprocessing, about={}
     )
-    for sweep in SWEEPS.values():
-        done = shell.run(sweep.job, *sweep.command(run, data, "--workers.num", 0))
-        assert done.status == 0, done.out + done.err
-    return run, data
+    boxes = save_network(tmp_path_factory.mktemp("boxes"), "overfeat_fast_small+boxes", (*CLASSES, BACKGROUND))
+    return Undisturbed(data, {"zfnet": run, "boxes": boxes})
 
 
-def _broken(key, members):
-    return {**members, "jpg": members["jpg"][:300]} if key in BROKEN else members
+def _described(key, members):
+    """With an object and landmarks; two of the images are cut off."""
+    box = {"label": CLASSES[int(members["cls"])], "xyxy": [18, 14, 78, 70]}
+    marks = {"right_eye": [[38, 30]], "left_eye": [[60, 30]], "nose": [[48, 46]]}
+    described = json.dumps({"boxes": [box], "landmarks": marks, "frontal": True}).encode()
+    jpg = members["jpg"][:300] if key in BROKEN else members["jpg"]
+    return {**members, "jpg": jpg, "json": described}
 
 
 @pytest.fixture(scope="module")
@@ -185,7 +248,7 @@ def drawn(*kills: str, of: str) -> list[tuple[str, Moment]]:
 
 def survives(sweep: Sweep, kills: list[tuple[str, Moment]], undisturbed, tmp_path, nodes) -> None:
     """Kill processes of a job one after another, each time have it finished or give it again, compare."""
-    whole, data = undisturbed
+    whole, data = undisturbed.run_of(sweep), undisturbed.data
     run, log, name = fresh(sweep, whole, tmp_path), tmp_path / "log", sweep.tables[0]
     known: list[dict[int, int]] = []
 
@@ -221,11 +284,14 @@ def test_a_sweep_survives_a_kill(undisturbed, tmp_path):
 
 ON_NODES = ("actor", "node", "driver-end")
 HEAD_FIRST = ("head", "driver", "driver-end")
+ON_LATER = ("actor", "driver", "driver-end")
 LOST = ("lost",)  # of two workers one finds no place any more
 KILLS = (
     [(job, ON_NODES) for job in ("top9", "deconv", "occlusion", "evaluate")]
     + [(job, HEAD_FIRST) for job in ("top9", "deconv", "occlusion", "features")]
     + [("top9", LOST)]
+    + [(job, ON_LATER) for job in ("invariance", "correspondence", "object_occlusion")]
+    + [(job, ON_LATER) for job in ("localize", "detect", "dense_maps")]
 )
 
 
@@ -257,7 +323,7 @@ def cluster_for(kills: tuple[str, ...], request):
 def trained(undisturbed, tmp_path_factory):
     """A training that nothing disturbed."""
     run = tmp_path_factory.mktemp("trained")
-    train(run, undisturbed[1], None, run / "log").end()
+    train(run, undisturbed.data, None, run / "log").end()
     return run
 
 
@@ -277,7 +343,7 @@ def learned(run: Path) -> tuple[str, list[bytes]]:
 @pytest.mark.parametrize("kills", [("worker", "node", "driver"), ("head", "driver", "driver-end")], ids="-".join)
 def test_training_survives_any_kills(kills, undisturbed, trained, tmp_path, request):
     with cluster_for(kills, request) as nodes:
-        train_survives(drawn(*kills, of="train"), undisturbed[1], tmp_path, nodes)
+        train_survives(drawn(*kills, of="train"), undisturbed.data, tmp_path, nodes)
     run = tmp_path / "run"
     assert learned(run) == learned(trained)
     assert not [path for path in run.rglob("*") if path.name.startswith((".tmp-", "step-"))]
@@ -323,8 +389,8 @@ WORKING_SECONDS, AGENTS_SECONDS = 30.0, 120.0
 @pytest.mark.slow
 def test_a_killed_driver_leaves_no_process_behind(undisturbed, tmp_path):
     """Two idle agents of Ray wait a while for the head, which is gone."""
-    whole, data = undisturbed
     sweep, moment = SWEEPS["occlusion"], Moment.drawn("parts", "agents")
+    whole, data = undisturbed.run_of(sweep), undisturbed.data
     run = fresh(sweep, whole, tmp_path)
     started = start("occlusion", *sweep.command(run, data, "--workers.num", 1), log=tmp_path / "log")
     known: dict[int, str] = {}
