@@ -8,6 +8,7 @@ docs/storage.md.
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import hashlib
 import io
@@ -242,14 +243,18 @@ class Location:
             # Errors of a stream that writes in the background stay with it, so closing it cannot complete an upload of
             # which a part is missing; one that writes at once forgets them, and does.
             stream = self.filesystem.open_output_stream(self.path)
-            sent = 0
-            while chunk := _read_built(source, stream):
-                stream.write(chunk)
-                sent += len(chunk)
-                if sent % _IN_FLIGHT_BYTES == 0:
-                    stream.flush()  # waits: memory holds no more than this
-                patience.progress()
-            stream.close()
+            try:
+                sent = 0
+                while chunk := source.read(CHUNK_BYTES):
+                    stream.write(chunk)
+                    sent += len(chunk)
+                    if sent % _IN_FLIGHT_BYTES == 0:
+                        stream.flush()  # waits: memory holds no more than this
+                    patience.progress()
+                stream.close()
+            except BaseException:
+                _never_closed(stream)
+                raise
 
         retrying(self, action, "write")
 
@@ -320,16 +325,13 @@ def retrying(location: Location, action: Callable[[], T], verb: str = "read") ->
     raise AssertionError("unreachable")
 
 
-def _read_built(source: BinaryIO, stream: Any) -> bytes:
-    """The next bytes to send. Where they cannot be read, the stream must never be closed: that would complete it."""
-    try:
-        return source.read(CHUNK_BYTES)
-    except BaseException:
-        _never_closed.append(stream)
-        raise
+def _never_closed(stream: Any) -> None:
+    """Keep a stream from its destructor, which closes it: that would complete an upload of which a part is missing.
 
-
-_never_closed: list[Any] = []
+    Not in a list: at the end of the process that would be destroyed too, after pyarrow's threads, and wait for them for
+    ever.
+    """
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(stream))
 
 
 def _connect(address: str, query: str) -> tuple[pafs.FileSystem, str]:

@@ -107,7 +107,7 @@ SWEEPS = {
         Sweep(
             "dense_maps",
             ("dense_maps",),
-            ("--part-size", 4, "--batch-size", 2, "--scales", 1, 2),
+            ("--part-size", 4, "--batch-size", 2, "--first", 60, "--scales", 1, 2),
             "dense_maps",
             network="boxes",
         ),

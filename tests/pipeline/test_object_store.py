@@ -5,6 +5,8 @@ Every fault happens on the way between pyarrow's client and a real S3 server (te
 
 import os
 import pickle
+import subprocess
+import sys
 import tempfile
 import threading
 from collections import Counter
@@ -18,7 +20,7 @@ import pytest
 from pipeline import patience, storage, tables
 from pipeline.shards import BadShards, Index, index_shards
 from pipeline.storage import Location, StorageError
-from tests.conftest import samples
+from tests.conftest import ROOT, samples
 from tests.pipeline.s3 import Fault, Request
 from tests.tars import write_tar
 
@@ -250,6 +252,47 @@ def test_what_cannot_be_read_back_is_not_sent_in_part(s3, impatient, tmp_path):
     with pytest.raises(StorageError, match="Input/output error"):
         at()._upload(Fails())
     assert not at().exists()
+
+
+CHILD = """
+import sys
+from pipeline.storage import Location, StorageError
+
+class Fails:
+    def seek(self, place):
+        pass
+
+    def read(self, length):
+        raise OSError(5, "Input/output error")
+
+try:
+    if sys.argv[1] == "unreadable":
+        Location.of("s3://bucket/folder/file.bin")._upload(Fails())
+    else:
+        Location.of("s3://bucket/folder/file.bin").write(bytes(1000))
+except StorageError as error:
+    kept = error  # as a framework does that prints it later
+    print(error)
+"""
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [
+        ("unreadable", "Input/output error"),
+        pytest.param("503", "cannot write", marks=pytest.mark.slow),  # a minute of attempts
+        pytest.param("hang", "not answered for 1 s", marks=pytest.mark.slow),  # three, of pyarrow's attempts
+    ],
+)
+def test_a_process_whose_upload_failed_ends(s3, kind, said):
+    """pyarrow's stream, destroyed as the process ends, waits for threads that have ended."""
+    if kind != "unreadable":
+        s3.inject(Fault(kind, "PUT", times=ALWAYS))
+    environment = {**os.environ, "ZFNET_STORAGE_TIMEOUT": "1" if kind == "hang" else ""}
+    command = [sys.executable, "-c", CHILD, kind]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert said in done.stdout, done.stderr
+    assert done.returncode == 0
 
 
 def test_no_temporary_file_stays_on_the_disk_or_in_the_bucket(s3, impatient, tmp_path, monkeypatch):
