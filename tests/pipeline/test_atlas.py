@@ -320,7 +320,7 @@ def test_a_training_on_windows_has_its_curves(tmp_path: Path) -> None:
     index = built(run)
     text = read(index, "run.html").text
     assert "training windows, last 75.0 %" in text  # of which a quarter is right
-    assert "Validation right" in text
+    assert "Validation windows right" in text
     assert "trained for 2 epochs, 25.0 % of the validation windows right" in " ".join(Reader(index).page.text.split())
 
 
