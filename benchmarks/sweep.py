@@ -32,8 +32,9 @@ from pipeline.actor import PartActor
 from pipeline.analyses import top9
 from pipeline.cluster import PARTS_AT_ONCE, Resources
 from pipeline.context import Options
+from pipeline.indexing import scan, write_index
 from pipeline.runs import Run
-from pipeline.shards import Sample, scan, write_index
+from pipeline.shards import Sample
 from pipeline.storage import Location
 from zfnet import images, models
 from zfnet.images import Preprocessing

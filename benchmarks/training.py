@@ -33,8 +33,9 @@ from ray.cluster_utils import Cluster
 
 from pipeline import metrics, train
 from pipeline.cluster import Workers
+from pipeline.indexing import index_shards
 from pipeline.runs import Run
-from pipeline.shards import Index, index_shards
+from pipeline.shards import Index
 from pipeline.stream import Images, epoch_order, labelled
 from zfnet import models, recipe
 from zfnet.images import Preprocessing

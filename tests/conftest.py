@@ -16,8 +16,9 @@ sys.path.insert(0, str(ROOT))
 os.environ.pop("ZFNET_HOME", None)
 torch.set_num_threads(1)
 
+from pipeline.indexing import index_shards  # noqa: E402
 from pipeline.runs import Run  # noqa: E402
-from pipeline.shards import Index, index_shards  # noqa: E402
+from pipeline.shards import Index  # noqa: E402
 from tests.tars import write_tar  # noqa: E402
 from zfnet import models  # noqa: E402
 from zfnet.images import Preprocessing  # noqa: E402

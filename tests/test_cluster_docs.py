@@ -37,7 +37,7 @@ def lines_of_parts(capsys) -> list[dict]:
 @pytest.fixture
 def logged(make_run, tmp_path):
     """A sweep in this process that logs its parts; the last of five samples is no image."""
-    from pipeline.shards import index_shards
+    from pipeline.indexing import index_shards
 
     data = tmp_path / "data"
     data.mkdir()

@@ -30,8 +30,9 @@ from pipeline.analyses import top9
 from pipeline.cluster import Workers
 from pipeline.context import Options
 from pipeline.errors import FORESEEN
+from pipeline.indexing import index_shards
 from pipeline.runs import Run
-from pipeline.shards import Index, Sample, Skipped, index_shards
+from pipeline.shards import Index, Sample, Skipped
 from tests.conftest import ROOT, samples
 from tests.tars import write_tar
 from zfnet import images
@@ -263,7 +264,7 @@ def test_members_of_gigabytes_take_no_memory(tmp_path):
         file.write(sound + member.tobuf(tarfile.GNU_FORMAT))
         file.truncate(len(sound) + BLOCK + member.size + 2 * BLOCK)
     script = (
-        "import resource; from pipeline.shards import Index, index_shards\n"
+        "import resource; from pipeline.indexing import index_shards; from pipeline.shards import Index\n"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
         f"index_shards([{str(path)!r}], {str(tmp_path / 'out')!r}, classes=None, accept_damaged=False)\n"
         f"index = Index.load({str(tmp_path / 'out')!r})\n"

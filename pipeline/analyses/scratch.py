@@ -23,9 +23,10 @@ from pipeline import cluster, sweep, tables, train
 from pipeline.analyses import evaluation, vectors
 from pipeline.analyses.transfer import SCHEMA as TRANSFER
 from pipeline.context import Options as SweepOptions
+from pipeline.indexing import write_choice
 from pipeline.progress import say, suggest
 from pipeline.runs import Run, RunError, environment, require_at_least_one
-from pipeline.shards import Index, write_choice
+from pipeline.shards import Index
 from pipeline.sources.default import shards_or_default
 from pipeline.storage import Location
 from zfnet import transfer

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import tyro
 
-from pipeline import shards
+from pipeline.indexing import index_shards
 from pipeline.progress import say, suggest
 from pipeline.shards import BadShards
 from pipeline.sources import ilsvrc2012, imagefolder, rendered, scenes, torchvision
@@ -129,7 +129,7 @@ def run(command: Writing | Index) -> int:
     """Carry the command out, and say what there is now."""
     started = time.monotonic()
     if isinstance(command, Index):
-        made = shards.index_shards(
+        made = index_shards(
             list(command.shards), command.out, classes=command.classes, accept_damaged=command.accept_damaged
         )
         out = command.out

@@ -14,7 +14,8 @@ from typing import Any, Protocol
 import numpy as np
 import webdataset as wds
 
-from pipeline.shards import BadShards, Index, Scan, scan, split_of, write_index
+from pipeline.indexing import Scan, scan, split_of, write_index
+from pipeline.shards import BadShards, Index
 from pipeline.storage import Location, cannot_write
 
 _STAGING = "shards-"

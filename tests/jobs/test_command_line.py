@@ -16,8 +16,8 @@ import pandas as pd
 import pytest
 import torch
 
+from pipeline.indexing import index_shards
 from pipeline.runs import Run
-from pipeline.shards import index_shards
 from tests.conftest import CLASSES, ROOT, jpeg, random_model, samples
 from tests.jobs import shell
 from tests.jobs.shell import Done

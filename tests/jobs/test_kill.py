@@ -16,8 +16,8 @@ import pytest
 import torch
 
 from pipeline.box_loop import BACKGROUND
+from pipeline.indexing import index_shards
 from pipeline.runs import Run
-from pipeline.shards import index_shards
 from tests.conftest import CLASSES, random_model, samples
 from tests.jobs import shell
 from tests.jobs.killing import (

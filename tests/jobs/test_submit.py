@@ -254,7 +254,7 @@ def test_a_submitted_training_leaves_its_model_where_it_is_told(head, make_shard
 @pytest.mark.slow
 def test_more_skipped_than_allowed_is_told_by_a_submitted_job(head, make_run, tmp_path):
     """Ray's command line has but 0 and 1; the status 3 is in its message."""
-    from pipeline.shards import index_shards
+    from pipeline.indexing import index_shards
     from tests.conftest import samples
     from tests.tars import write_tar
 

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import torch
 
+from pipeline.indexing import index_shards
 from pipeline.runs import Run
-from pipeline.shards import index_shards
 from pipeline.sources.rendered import CLASSES
 from pipeline.sources.scenes import Scenes
 from tests.tars import write_tar

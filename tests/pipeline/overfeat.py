@@ -3,8 +3,8 @@
 import numpy as np
 import torch
 
+from pipeline.indexing import index_shards
 from pipeline.runs import Run
-from pipeline.shards import index_shards
 from tests.conftest import CLASSES, jpeg
 from tests.tars import write_tar
 from zfnet import models

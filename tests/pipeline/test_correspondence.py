@@ -14,8 +14,8 @@ from pipeline import sweep
 from pipeline.analyses import correspondence
 from pipeline.cluster import Workers
 from pipeline.context import Options
+from pipeline.indexing import index_shards
 from pipeline.runs import Run, RunError
-from pipeline.shards import index_shards
 from tests.conftest import CLASSES, jpeg, random_model
 from tests.pipeline.exact import assert_same
 from tests.tars import write_tar

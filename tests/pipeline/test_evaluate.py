@@ -23,8 +23,9 @@ from pipeline.analyses import evaluation
 from pipeline.cluster import Workers
 from pipeline.context import Options
 from pipeline.errors import SweepFailed
+from pipeline.indexing import index_shards
 from pipeline.runs import Run, RunError
-from pipeline.shards import Index, index_shards
+from pipeline.shards import Index
 from pipeline.work import cut
 from tests.conftest import ROOT, SHARED, random_model, samples
 from tests.pipeline.exact import assert_same

@@ -30,8 +30,8 @@ from pipeline.figures import invariance as invariance_figure
 from pipeline.figures import occlusion as occlusion_figure
 from pipeline.figures import top9 as top9_figure
 from pipeline.figures import transfer as transfer_figure
+from pipeline.indexing import index_shards
 from pipeline.runs import Run, RunError
-from pipeline.shards import index_shards
 from tests.conftest import random_model, samples
 from tests.tars import write_tar
 from zfnet.images import Preprocessing

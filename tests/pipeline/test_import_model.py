@@ -16,8 +16,9 @@ from pipeline.analyses import deconv, occlusion, top9
 from pipeline.cluster import Workers
 from pipeline.context import Options as SweepOptions
 from pipeline.import_model import Options
+from pipeline.indexing import index_shards
 from pipeline.runs import Run, RunError
-from pipeline.shards import Index, index_shards
+from pipeline.shards import Index
 from tests.conftest import CLASSES, SHARED
 from zfnet import images, models
 from zfnet.deconv import Unprojectable

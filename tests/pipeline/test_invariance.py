@@ -15,8 +15,9 @@ from pipeline.analyses import invariance
 from pipeline.cluster import Workers
 from pipeline.context import Options
 from pipeline.errors import SweepFailed
+from pipeline.indexing import index_shards
 from pipeline.runs import Run, RunError
-from pipeline.shards import Index, index_shards
+from pipeline.shards import Index
 from tests.conftest import CLASSES
 from tests.pipeline.exact import assert_same
 from tests.tars import write_tar

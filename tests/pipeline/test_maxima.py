@@ -268,7 +268,7 @@ def test_maxima_of_another_model_are_refused(swept, make_run):
 
 
 def test_images_without_a_label_are_in_no_class(make_run, tmp_path):
-    from pipeline.shards import index_shards
+    from pipeline.indexing import index_shards
     from tests.conftest import samples
     from tests.tars import write_tar
 

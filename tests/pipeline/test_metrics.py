@@ -151,7 +151,7 @@ def test_prometheus_reads_a_sweep_and_what_the_dashboard_asks_for(make_run, ray_
     """The last values stay as long as the driver lives; Ray hands them on every ten seconds."""
     import ray
 
-    from pipeline.shards import index_shards
+    from pipeline.indexing import index_shards
 
     data = tmp_path / "data"
     data.mkdir()

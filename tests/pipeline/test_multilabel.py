@@ -11,8 +11,8 @@ from sklearn.preprocessing import StandardScaler
 
 from pipeline import derive
 from pipeline.analyses import multilabel
+from pipeline.indexing import index_shards
 from pipeline.runs import RunError
-from pipeline.shards import index_shards
 from tests.conftest import CLASSES, samples
 from tests.pipeline.test_features import run_features
 from tests.tars import write_tar

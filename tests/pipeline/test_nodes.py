@@ -152,7 +152,7 @@ def test_pictures_of_other_analyses_travel_too(make_run, make_shards, unlike_nod
 
 @pytest.mark.slow
 def test_what_a_decoder_cannot_read_is_skipped_in_the_table_of_its_worker(make_run, unlike_nodes, tmp_path):
-    from pipeline.shards import index_shards
+    from pipeline.indexing import index_shards
     from tests.conftest import samples
     from tests.tars import write_tar
 

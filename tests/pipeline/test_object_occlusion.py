@@ -12,8 +12,8 @@ from pipeline.analyses import object_occlusion
 from pipeline.cluster import Workers
 from pipeline.context import Options
 from pipeline.errors import SweepFailed
+from pipeline.indexing import index_shards
 from pipeline.runs import Run, RunError
-from pipeline.shards import index_shards
 from tests.conftest import CLASSES, jpeg, load_index, random_model
 from tests.pipeline.exact import assert_same
 from tests.tars import write_tar

@@ -18,7 +18,8 @@ import pyarrow.fs as pafs
 import pytest
 
 from pipeline import patience, storage, tables
-from pipeline.shards import BadShards, Index, index_shards
+from pipeline.indexing import index_shards
+from pipeline.shards import BadShards, Index
 from pipeline.storage import Location, StorageError
 from tests.conftest import ROOT, samples
 from tests.pipeline.s3 import Fault, Request

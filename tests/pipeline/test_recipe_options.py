@@ -86,7 +86,7 @@ MODERN = {
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    from pipeline.shards import index_shards
+    from pipeline.indexing import index_shards
     from tests.conftest import samples
     from tests.tars import write_tar
 

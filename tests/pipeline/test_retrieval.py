@@ -7,8 +7,8 @@ import pytest
 
 from pipeline import derive
 from pipeline.analyses import retrieval, vectors
+from pipeline.indexing import index_shards
 from pipeline.runs import RunError
-from pipeline.shards import index_shards
 from tests.conftest import CLASSES, samples
 from tests.pipeline.exact import assert_same
 from tests.pipeline.test_features import run_features

@@ -11,8 +11,9 @@ from sklearn.metrics import balanced_accuracy_score
 from pipeline import sweep, train
 from pipeline.analyses import scratch
 from pipeline.cluster import Workers
+from pipeline.indexing import write_choice
 from pipeline.runs import Run, RunError
-from pipeline.shards import BadShards, Index, write_choice
+from pipeline.shards import BadShards, Index
 from pipeline.storage import Location
 from tests.pipeline.test_transfer_table import coloured, write
 

@@ -12,7 +12,8 @@ import pytest
 
 from pipeline import cache
 from pipeline.cache import ShardCache
-from pipeline.shards import Index, index_shards
+from pipeline.indexing import index_shards
+from pipeline.shards import Index
 from pipeline.storage import Location, StorageError
 from tests.conftest import samples
 from tests.pipeline.s3 import Fault

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline import shards
-from pipeline.shards import BadShards, Index, Sample, Skipped, index_shards, split_of
+from pipeline.indexing import index_shards, split_of
+from pipeline.shards import BadShards, Index, Sample, Skipped
 from pipeline.storage import StorageError
 from tests.conftest import samples
 from tests.tars import add, offsets, write_tar

@@ -72,7 +72,7 @@ def test_top9_is_the_brute_force_bit_for_bit(make_run, make_shards, ray_cluster,
 
 
 def test_top9_of_real_photographs_is_the_brute_force(make_run, shared_data, tmp_path):
-    from pipeline.shards import index_shards
+    from pipeline.indexing import index_shards
 
     folder = shared_data("tiny-imagenet-10")
     index_shards([str(folder / "val-000000.tar")], str(tmp_path / "data"), classes=None, accept_damaged=False)
@@ -107,7 +107,7 @@ def integer_run(make_run, monkeypatch):
 
 
 def test_an_integer_network_gives_the_same_table_however_the_shards_are_cut(integer_run, tmp_path):
-    from pipeline.shards import index_shards
+    from pipeline.indexing import index_shards
 
     pictures = samples(30, seed=5)
     tables = []
@@ -377,7 +377,7 @@ def test_parts_made_elsewhere_are_not_mixed_in(make_run, make_shards, monkeypatc
 
 
 def test_skipped_samples_are_counted_and_named(make_run, tmp_path, capsys):
-    from pipeline.shards import index_shards
+    from pipeline.indexing import index_shards
 
     data = tmp_path / "data"
     data.mkdir()
@@ -404,7 +404,7 @@ def test_skipped_samples_are_counted_and_named(make_run, tmp_path, capsys):
 
 
 def test_images_without_labels_are_swept(make_run, tmp_path):
-    from pipeline.shards import index_shards
+    from pipeline.indexing import index_shards
 
     data = tmp_path / "data"
     data.mkdir()
@@ -419,7 +419,7 @@ def test_images_without_labels_are_swept(make_run, tmp_path):
 
 
 def test_nothing_readable_is_an_error(make_run, tmp_path):
-    from pipeline.shards import index_shards
+    from pipeline.indexing import index_shards
 
     data = tmp_path / "data"
     data.mkdir()

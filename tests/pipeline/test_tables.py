@@ -19,8 +19,8 @@ from pipeline import metrics, sweep, tables
 from pipeline.analyses import deconv, evaluation, occlusion, top9
 from pipeline.cluster import Workers
 from pipeline.context import Options
+from pipeline.indexing import index_shards
 from pipeline.runs import Run
-from pipeline.shards import index_shards
 from tests.conftest import CLASSES, random_model, samples
 from tests.tars import write_tar
 from zfnet.images import Preprocessing

@@ -12,10 +12,11 @@ from pipeline import checkpoints, sweep, train
 from pipeline.analyses import evaluation
 from pipeline.cluster import Workers
 from pipeline.context import Options
+from pipeline.indexing import index_shards
 from pipeline.loop import Trainer
 from pipeline.mean import measure
 from pipeline.runs import Run, RunError
-from pipeline.shards import BadShards, Index, index_shards
+from pipeline.shards import BadShards, Index
 from pipeline.stream import Images, epoch_order, labelled, rank_batches
 from tests.conftest import samples
 from tests.tars import write_tar

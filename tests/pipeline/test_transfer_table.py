@@ -13,8 +13,8 @@ from sklearn.svm import LinearSVC
 
 from pipeline import derive
 from pipeline.analyses import transfer, transfer_duplicates, vectors
+from pipeline.indexing import index_shards
 from pipeline.runs import RunError
-from pipeline.shards import index_shards
 from tests.conftest import CLASSES
 from tests.pipeline.exact import assert_same
 from tests.pipeline.test_features import run_features
