@@ -2,10 +2,11 @@
 
 python -m benchmarks.forecast [--quick] [--threads 2]
 
-seconds = start-up + images * (decode + forward) / cores + parts * commit. The whole of jobs/top9.py for zfnet_small and
-zfnet (conv1-5) is clocked in one process for several numbers of images and sizes of parts; the three terms are fitted
-by least squares to all but one of them, and the one is predicted. `error` is the larger of both networks' errors on
-their held-out run, in shares of the measured time; `ratio` is 1 - error.
+seconds = start-up + images * (decode + forward) / cores + parts * commit / actors. The whole of jobs/top9.py for
+zfnet_small and zfnet (conv1-5) is clocked in one process, one actor, for several numbers of images and sizes of parts;
+the three terms are fitted by least squares to all but one of them, and the one is predicted. Decoding is clocked alone
+on one core, so that what is left of an image is the forward pass; bytes are those of the shards. `error` is the larger
+of both networks' errors on their held-out run, in shares of the measured time; `ratio` is 1 - error.
 """
 
 import argparse
@@ -16,17 +17,24 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import numpy as np
 import torch
 from scipy.optimize import nnls
 
 from benchmarks.scaling import DATA, whole_job
-from benchmarks.sweep import write_data, write_run
+from benchmarks.sweep import clock, decode, write_data, write_run
+from pipeline.analyses.top9 import MAXIMA_BYTES
+from pipeline.runs import Run
+from pipeline.shards import Index, Sample
 
 GOALS = {"ImageNet validation": 50_000, "ImageNet training": 1_281_167, "a thousand million": 10**9}
 MAPS = {"zfnet": 1376, "zfnet_small": 320}
 NODE_CORES = 16
+NODES = (1, 10, 100)
+FOLD_SECONDS = 56 / 10_000
+"""For a part, in one process: docs/performance.md."""
 PART = 256
 
 
@@ -67,15 +75,29 @@ def fit(network: str, cases: Sequence[Case], threads: int, repeats: int) -> tupl
     return model, error, {f"{case.images}/{case.part_size}": round(seconds, 3) for case, seconds in measured.items()}
 
 
-def forecast(network: str, model: np.ndarray, images: int) -> dict[str, float]:
-    """Of a node of 16 such cores: hours, what the parts' commits are of it, GB of `maxima` and of the index."""
+def decoding(network: str, images: int) -> tuple[float, float]:
+    """Seconds of a core, and bytes of the shards, for an image of DATA."""
+    with tempfile.TemporaryDirectory() as name:
+        preprocessing = Run.at(write_run(Path(name), network)).load_model().preprocessing
+        index = Index.load(write_data(Path(name) / "data", DATA, images))
+        rows = index.split("val")
+        encoded = [sample.image for sample in index.read(rows) if isinstance(sample, Sample)]
+    size = preprocessing.resize_px, preprocessing.crop_px
+    seconds = median(clock(lambda: decode(encoded, size)) for _ in range(3))
+    return seconds / len(encoded), float(np.mean(rows["bytes"].to_numpy()))
+
+
+def forecast(network: str, model: np.ndarray, actors_a_node: int, bytes_: float, images: int) -> dict[str, Any]:
+    """Hours on nodes of 16 such cores, hours of the fold in one process, GB that are read and written."""
     case = Case(images, PART)
-    start, decoding, commits = np.array(case.terms(NODE_CORES)) * model
+    start, computing, commits = np.array(case.terms(NODE_CORES)) * model
+    hours = {n: float(start + (computing + commits / actors_a_node) / n) / 3600 for n in NODES}
     return {
-        "hours": round(float(start + decoding + commits / NODE_CORES) / 3600, 3),
+        "hours_by_nodes": {n: round(some, 3) for n, some in hours.items()},
         "parts": case.parts,
-        "fold_hours": round(case.parts * 0.005 / 3600, 3),  # 53 s for 10,000 parts, docs/performance.md
-        "maxima_gb": round(images * MAPS[network] * 8 / 1e9, 1),
+        "fold_hours": round(case.parts * FOLD_SECONDS / 3600, 3),
+        "read_gb": round(images * bytes_ / 1e9, 1),
+        "maxima_gb": round(images * MAPS[network] * MAXIMA_BYTES / 1e9, 1),
         "index_gb": round(images * 100 / 1e9, 2),
     }
 
@@ -92,10 +114,18 @@ def main() -> None:
         cases = [Case(1, PART), Case(n, PART), Case(n, 32), Case(2 * n, PART), Case(2 * n, 16), Case(4 * n, 64)]
         model, error, measured = fit(network, cases, options.threads, 1 if options.quick else 3)
         named = dict(zip(("start_up", "core_seconds_an_image", "seconds_a_part"), model.tolist(), strict=True))
-        found[network] = {"error": error, **named, "measured": measured}
+        alone, bytes_ = decoding(network, n)
+        found[network] = {
+            "error": error,
+            **named,
+            "core_seconds_decoding": alone,
+            "bytes": bytes_,
+            "measured": measured,
+        }
         print(f"{network}: {named}; held out {cases[-1]}: {error:.1%} off; measured {measured}")
+        print(f"  of an image, decoding {1e3 * alone:.2f} ms of a core, {bytes_:.0f} bytes")
         for goal, images in GOALS.items():
-            print(f"  {goal}: {forecast(network, model, images)}")
+            print(f"  {goal}: {forecast(network, model, NODE_CORES // options.threads, bytes_, images)}")
     error = max(of["error"] for of in found.values())
     print(json.dumps({"ratio": 1 - error, "error": error, **found}))
 

@@ -77,7 +77,7 @@ def write_data(folder: Path, shards: Iterable[str], images_: int | None) -> str:
         found = scan(Location.of(folder / f"val-{number:06d}.tar"))
         left = None if images_ is None else images_ - sum(len(s.rows) for s in scans)
         for row in found.rows:
-            row["key"], row["label"] = row["key"], None
+            row["label"] = None
         scans.append(type(found)(found.file, found.bytes, found.sha256, found.rows[:left], found.damage))
     write_index([s for s in scans if s.rows], Location.of(folder), None)
     return str(folder)
@@ -149,9 +149,9 @@ def measure(run: str, data: str, options: argparse.Namespace) -> Rates:
     size = context.model.preprocessing.resize_px, context.model.preprocessing.crop_px
     per = min(options.batch_size, held // options.threads)
     groups = [data_bytes[i : i + per] for i in range(0, held, per)]
-    inputs = [context.model.preprocessing.normalise(_decode(group, size)) for group in groups]
+    inputs = [context.model.preprocessing.normalise(decode(group, size)) for group in groups]
     nodes = [context.graph.activation_of(layer) for layer in LAYERS]
-    decode = in_threads(options.threads, lambda group: _decode(group, size), groups)
+    decoding = in_threads(options.threads, lambda group: decode(group, size), groups)
     forward = in_threads(options.threads, lambda x: len(context.graph.run(x, nodes)), inputs)
     _sweep(actor)
     error = _error(actor, context, chosen["number"].to_numpy(), inputs)
@@ -159,9 +159,9 @@ def measure(run: str, data: str, options: argparse.Namespace) -> Rates:
     rounds: list[tuple[float, ...]] = []
     while time.perf_counter() - started < options.seconds or len(rounds) < 3:
         # [before and after the sweep, seconds and processor seconds of an image]
-        decoded, forwarded = [spent(decode, held)], [spent(forward, held)]
+        decoded, forwarded = [spent(decoding, held)], [spent(forward, held)]
         swept = spent(lambda: _sweep(actor), rows.num_rows)
-        decoded.append(spent(decode, held))
+        decoded.append(spent(decoding, held))
         forwarded.append(spent(forward, held))
         actor.work.location.delete()
         alone = np.mean(decoded, axis=0), np.mean(forwarded, axis=0)
@@ -171,7 +171,7 @@ def measure(run: str, data: str, options: argparse.Namespace) -> Rates:
     return Rates(start_up, len(rounds), *(median(column) for column in zip(*rounds, strict=True)), error)
 
 
-def _decode(group: list[bytes], size: tuple[int, int]) -> torch.Tensor:
+def decode(group: list[bytes], size: tuple[int, int]) -> torch.Tensor:
     return torch.from_numpy(np.stack([images.input_pixels(data, *size)[0] for data in group]))
 
 
@@ -230,7 +230,7 @@ def crp(run: str, data: str, options: argparse.Namespace) -> tuple[dict[int, flo
 
         def __getitem__(self, place: int) -> tuple[torch.Tensor, int]:
             size = preprocessing.resize_px, preprocessing.crop_px
-            return preprocessing.normalise(_decode([data_bytes[place]], size))[0], 0
+            return preprocessing.normalise(decode([data_bytes[place]], size))[0], 0
 
     rates, swept = {}, []
     for batch in (8, 32) if options.quick else (1, 8, 16, 32, 64):

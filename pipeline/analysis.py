@@ -91,6 +91,8 @@ class Analysis:
     """The results of all batches of a part, in order -> its rows."""
     fold: Callable[[Context, Parts, list[str]], Iterator[Finished]]
     """Parts in order, slices -> the finished files."""
+    in_groups: bool = False
+    """Whether the fold takes its parts by Parts.groups, which may be Ray tasks where there are many."""
     forwards: Callable[[Context], int] = lambda context: 1
     """How many times a sample goes through the network, altered copies counted, for --plan."""
     expected_rows: Callable[[Context, str, set[str]], int | None] = lambda context, slice_, skipped: None

@@ -32,7 +32,8 @@ PARTS_AT_ONCE = 2
 """Of one actor: while the last batches of a part are waited for and its rows committed, the next one begins."""
 
 TASKS_AT_ONCE = 16
-"""Results of tasks that are under way or wait for the driver: its memory and the object store hold no more."""
+"""At most, and two for each CPU of the cluster: results of tasks that are under way or wait for the driver. Its memory
+and the object store hold no more."""
 
 _MARK = 0.001
 """How much an actor asks of a resource that only marks nodes: a thousand actors find room on each of them."""
@@ -400,10 +401,11 @@ def in_tasks(do: Callable[[S], T], given: Iterable[S], on: str | None = None) ->
     """
     marks = Resources(0, 1, 0.0, on).marks
     task, sent = ray.remote(_do).options(num_cpus=1, resources=marks), ray.put(do)
+    most = min(TASKS_AT_ONCE, 2 * int(ray.cluster_resources().get("CPU", 1)))
     under_way: deque[Any] = deque()
     for one in given:
         under_way.append(task.remote(sent, one))
-        if len(under_way) == TASKS_AT_ONCE:
+        if len(under_way) == most:
             yield _result(under_way.popleft())
     while under_way:
         yield _result(under_way.popleft())

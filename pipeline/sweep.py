@@ -96,7 +96,7 @@ def _map_and_fold(analysis: Analysis, options: Options, work: Work, missing: lis
     say(f"{context.table}: {json.dumps(context.decides(analysis.selects))}")
     say(f"{context.table}: {_listed(missing)}; {work.samples} images, {len(todo)} of {len(work.parts)} parts to do")
     _say_what_was_given_up(work, options)
-    in_tasks = len(work.parts) >= _MANY and options.workers.num != 0
+    in_tasks = analysis.in_groups and len(work.parts) >= _MANY and options.workers.num != 0
     with ExitStack() as ray_:
         if in_tasks or (todo and options.workers.num != 0):
             ray_.enter_context(cluster.connected(options.address))

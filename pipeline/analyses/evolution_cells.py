@@ -203,5 +203,6 @@ ANALYSIS = Analysis(
     map_batch=map_batch,
     reduce_part=reduce_part,
     fold=fold,
+    in_groups=True,
     forwards=lambda context: len(slices(context)),
 )

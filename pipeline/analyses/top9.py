@@ -373,5 +373,6 @@ ANALYSIS = Analysis(
     map_batch=map_batch,
     reduce_part=reduce_part,
     fold=fold,
+    in_groups=True,
     then="deconv.py --run {run} --data {data}",
 )

@@ -90,6 +90,8 @@ SWEEPS = {
             ("--part-size", 1, "--per-class", 8, "--places", 2),
             "object_occlusion",
         ),
+        Sweep("sanity", ("sanity",), ("--part-size", 2, "--layers", "conv5"), "sanity", after="deconv"),
+        Sweep("pictures", ("pictures",), ("--part-size", 4, "--batch-size", 2), "pictures", after="top9"),
         Sweep(
             "localize",
             ("localization", "localization_images", "localization_windows"),
@@ -290,7 +292,7 @@ KILLS = (
     [(job, ON_NODES) for job in ("top9", "deconv", "occlusion", "evaluate")]
     + [(job, HEAD_FIRST) for job in ("top9", "deconv", "occlusion", "features")]
     + [("top9", LOST)]
-    + [(job, ON_LATER) for job in ("invariance", "correspondence", "object_occlusion")]
+    + [(job, ON_LATER) for job in ("invariance", "correspondence", "object_occlusion", "sanity", "pictures")]
     + [(job, ON_LATER) for job in ("localize", "detect", "dense_maps")]
 )
 

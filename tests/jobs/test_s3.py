@@ -3,6 +3,7 @@
 A Ray cluster of two nodes; shards, run, tables and atlas are in the bucket, and no node has a folder of its own.
 """
 
+import random
 from collections import Counter
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from pipeline.runs import Run
 from pipeline.storage import Location
 from tests.conftest import random_model
 from tests.jobs import shell
+from tests.jobs.killing import SEED
 from tests.pipeline.exact import assert_same
 from tests.pipeline.s3 import Fault
 
@@ -30,16 +32,22 @@ SWEEPS = {
     "evaluate": ("--part-size", "8"),
     "features": ("--part-size", "8"),
 }
-FAULTS = [
-    Fault("cut", part="shards/small", times=2, spared=3),
-    Fault("cut", part="runs/small", times=3, spared=5),
-    Fault("503", part="bucket", times=3, spared=20),
-    Fault("503", "PUT", part="parts/part-", times=2, spared=1),
-    Fault("lost", "PUT", part="results/", times=2, spared=1),
-    Fault("500", "PUT", part="checkpoints/", times=2, spared=2),
-    Fault("slow", part="bucket", times=5, spared=30, seconds=2.0),
-    Fault("503", "HEAD", part="bucket", times=2, spared=10),
-]
+
+
+def faults() -> list[Fault]:
+    """Each after a drawn number of requests like it; KILL_SEED=N draws the same moments again."""
+    moment = random.Random(SEED).randrange
+    print(f"KILL_SEED={SEED}")
+    return [
+        Fault("cut", part="shards/small", times=2, spared=moment(8)),
+        Fault("cut", part="runs/small", times=3, spared=moment(12)),
+        Fault("503", part="bucket", times=3, spared=moment(200)),
+        Fault("503", "PUT", part="parts/part-", times=2, spared=moment(3)),
+        Fault("lost", "PUT", part="results/", times=2, spared=moment(6)),
+        Fault("500", "PUT", part="checkpoints/", times=2, spared=moment(4)),
+        Fault("slow", part="bucket", times=5, spared=moment(200), seconds=2.0),
+        Fault("503", "HEAD", part="bucket", times=2, spared=moment(40)),
+    ]
 
 
 @pytest.fixture
@@ -96,7 +104,7 @@ def test_sweeps_and_atlas_on_s3_are_the_local_ones_through_faults(cluster, s3, t
     done("atlas", "--run", run)
     done("shards", "rendered", "--out", DATA, *SHARDS)
     imported(RUN, DATA)
-    s3.inject(*FAULTS)
+    s3.inject(*faults())
     for job, options in SWEEPS.items():
         done(job, "--run", RUN, "--data", DATA, *options, "--address", cluster.address)
     done("atlas", "--run", RUN)
@@ -126,7 +134,7 @@ def test_training_on_s3_is_the_local_one_through_faults(s3, tmp_path, monkeypatc
     done("shards", "rendered", "--out", data, *SHARDS)
     done("shards", "rendered", "--out", DATA, *SHARDS)
     done("train", "--run", run, "--data", data, *together)
-    s3.inject(*FAULTS)
+    s3.inject(*faults())
     done("train", "--run", RUN, "--data", DATA, *together)
     assert {kind for kind, _ in s3.injected} == {"cut", "500", "503", "slow"}
     s3.inject()
