@@ -149,12 +149,12 @@ def open_context(
     analysis: str,
     device: str,
     load: Callable[[Run, Any], Model] = runs_model,
-    shards: Callable[[str, str | None], Index] = Index.load,
+    shards: Callable[[], Index] | None = None,
 ) -> Context:
-    """Load a model of the run and then the shards' index, which it may take minutes to draw."""
+    """Load a model of the run and the shards' index; or what `shards` gives, after the model: it may draw them."""
     run = Run.at(options.run)
     model = load(run, config)
-    index = shards(options.data, options.index)
+    index = shards() if shards else Index.load(options.data, options.index)
     if device == "cuda":
         model.network.to(device)
     size = model.preprocessing.crop_px

@@ -46,7 +46,9 @@ def run(analysis: Analysis, options: Options, config: Any) -> int:
     """
     started = time.time()
     given, options = options, options.resolved()
-    context = open_context(options, config, analysis.table, "cpu", analysis.model, shards_or_default)
+    context = open_context(
+        options, config, analysis.table, "cpu", analysis.model, partial(shards_or_default, given.data, given.index)
+    )
     context = replace(context, config=analysis.resolve(context))
     if context.graph.unknown:
         say(f"{context.table}: {context.graph.limits()}")

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Literal
 
 import pyarrow as pa
@@ -253,7 +254,8 @@ def run(options: Options, config: Config) -> int:
     # Chosen once: training may go on meanwhile.
     config = replace(config, epochs=tuple(chosen_epochs(Run.at(options.run), config.epochs)))
     # What is refused is refused at once.
-    resolve(open_context(resolved, config, ANALYSIS.table, "cpu", first_model, shards_or_default))
+    shards = partial(shards_or_default, options.data, options.index)
+    resolve(open_context(resolved, config, ANALYSIS.table, "cpu", first_model, shards))
     status = sweep.run(evolution_cells.ANALYSIS, options, config.cells)
     if options.plan and not _have_cells(resolved, config):
         return status

@@ -10,11 +10,7 @@ DEFAULT = "shards/rendered"
 
 def shards_or_default(data: str, index: str | None) -> Index:
     """The index of the shards in `data`; the default data set is drawn first if it is not there."""
-    if (
-        str(Location.of(data)) == str(Location.of(DEFAULT))
-        and index is None
-        and not (Location.of(data) / "index.json").exists()
-    ):
+    if data == DEFAULT and index is None and not (Location.of(data) / "index.json").exists():
         from pipeline.sources.rendered import Rendered
         from pipeline.sources.writer import write_shards
 
