@@ -18,7 +18,8 @@ from torch import Tensor
 
 from zfnet.features import last_hidden_convolution
 from zfnet.graph import Graph
-from zfnet.incremental import Axis, Change, Incremental, Occluded
+from zfnet.incremental import Axis, Change, Incremental
+from zfnet.occluded import Occluded
 
 COARSE = 4
 """A map that is refined is first computed at every fourth position along rows and columns."""

@@ -13,8 +13,9 @@ from torch import nn
 
 from zfnet import occlusion
 from zfnet.graph import UnknownLayer
-from zfnet.incremental import ELEMENT, Incremental, Occluded
+from zfnet.incremental import ELEMENT, Incremental
 from zfnet.models import build
+from zfnet.occluded import Occluded
 from zfnet.occlusion import Grid, blurred, computed_positions, sensitivity, watched_layer
 from zfnet.tracing import trace
 
