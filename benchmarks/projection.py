@@ -298,8 +298,7 @@ def _clocked(run: Callable[[], None]) -> float:
 
 def _forward(graph: Graph, layer: str) -> int:
     """Multiply-adds of one image's forward pass up to a layer."""
-    route = [graph.operations[name] for name in graph.ancestors([graph.activation_of(layer)])]
-    return sum(op.shape[1] * op.shape[2] * op.module.weight.numel() for op in route if isinstance(op.module, nn.Conv2d))
+    return sum(graph.operations[name].multiply_adds() for name in graph.ancestors([graph.activation_of(layer)]))
 
 
 def _error(graph: Graph, batch: Callable[[Any], Tensor], peers: dict[str, Attribute], table: dict[str, Cells]) -> float:

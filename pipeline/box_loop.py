@@ -27,7 +27,7 @@ from pipeline.runs import Run
 from pipeline.shards import Index, Sample, Skipped
 from pipeline.stream import Place
 from zfnet import images, models
-from zfnet.dense import Sliding, Stride, slide
+from zfnet.dense import Sliding, Stride, in_context, slide
 from zfnet.localization import (
     Ints,
     into_frame,
@@ -195,6 +195,7 @@ class BoxTrainer(Trainer):
     """One worker's part of training on windows; the subclasses say what is trained, and how."""
 
     METRICS = METRICS
+    TRAINED = ("train_windows", "train_right")
     plan: Any
     network: Any
 
@@ -257,15 +258,6 @@ class BoxTrainer(Trainer):
         lower = self.preprocessing.normalise(lower).to(self.dtype) if lower.numel() else lower.to(self.dtype)
         found: Tensor = self.parallel(x, lower, batch.nearest.to(self.device))
         return found.flatten(2).transpose(1, 2)
-
-    def _train(self, batches: Any) -> dict[str, Any]:
-        row = super()._train(batches)
-        return {
-            "train_windows": row["train_samples"],
-            "train_loss": row["train_loss"],
-            "train_right": row["train_top1"],
-            "skipped": row["skipped"],
-        }
 
     def _step(self, examples: Any) -> Tensor:
         """A step of SGD on the mean loss of the windows of the global batch.
@@ -465,8 +457,5 @@ class ScoredWindows(nn.Module):
         context = getattr(self.network, "context", None)
         if context is None:
             return scores
-        hidden = slide(sliding.above[:-1], sliding.pooled(lower, self.stride)).flatten(2)
-        there = nearest.clamp_min(0)[:, None].expand(-1, hidden.shape[1], -1)
-        around = torch.where(nearest[:, None] >= 0, hidden.gather(2, there), 0.0)
-        found: Tensor = scores + context(around.unflatten(2, scores.shape[2:]))
-        return found
+        hidden = slide(sliding.above[:-1], sliding.pooled(lower, self.stride))
+        return in_context(scores, context, hidden, nearest)

@@ -63,6 +63,8 @@ class Trainer:
 
     METRICS = metrics.METRICS
     """Columns of its metrics."""
+    TRAINED = ("train_samples", "train_top1")
+    """Those that count what was trained on, and say which share of it was right."""
 
     def __init__(
         self,
@@ -263,16 +265,17 @@ class Trainer:
                 progress.advance(self.step, total, self.steps, self.recipe.batch, self.waited)
             if self.step < end and self.step % self.checkpoint_steps == 0:
                 self._checkpoint(inside=True)
-        images_, loss, right, skipped = self._sum(self.sums.clone()).tolist()
+        examples_, loss, right, skipped = self._sum(self.sums.clone()).tolist()
         if not math.isfinite(loss):
             raise RunError(
                 f"the loss is {loss} in epoch {self.epoch}: training has diverged; give a lower --lr than "
                 f"{self.recipe.lr:g}, and another --run"
             )
+        counted, share_right = self.TRAINED
         return {
-            "train_samples": int(images_),
-            "train_loss": loss / max(images_, 1),
-            "train_top1": right / max(images_, 1),
+            counted: int(examples_),
+            "train_loss": loss / max(examples_, 1),
+            share_right: right / max(examples_, 1),
             "skipped": int(skipped),
         }
 

@@ -29,7 +29,7 @@ from pipeline.runs import Model, Run, RunError
 from pipeline.shards import Index, Sample
 from pipeline.storage import Location
 from zfnet import models
-from zfnet.dense import Sliding, Stride
+from zfnet.dense import Sliding, Stride, require_scales
 from zfnet.recipe import Recipe
 
 _LOOKED_AT = 64  # samples of the training split, in which at least one usable box must be
@@ -163,13 +163,13 @@ def _plan(options: Options, model: Model, architecture: str, recipe: Recipe) -> 
     index = Index.load(options.data, options.index)
     try:
         models.build(architecture, len(model.classes))
-        sliding = Sliding(model.network)
-        for scale in options.scales:
-            sliding.sides_px(scale)
+        Sliding(model.network)
     except ValueError as error:
         raise RunError(str(error)) from None
-    if list(options.scales) != sorted(set(options.scales)) or not options.scales:
-        raise RunError(f"--scales is {options.scales}: give some of 1 to 6, ascending")
+    try:
+        require_scales(options.scales)
+    except ValueError as error:
+        raise RunError(f"--{error}") from None
     if options.seed < 0:
         raise RunError(f"--seed is {options.seed}: give 0 or more")
     rows = index.split(options.train_split)

@@ -11,12 +11,13 @@ window is as large as the map, it is the map. Residual sums and concatenations c
 them up. An image in which few cells are projected is run forward over their windows alone (`project_images`).
 """
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from zfnet.ascent import Keep, run_whole, run_windows
 from zfnet.descent import WAYS_DOWN, Descent, Kept, Semantics, first_filter
@@ -175,7 +176,7 @@ def multiply_adds(
     up = sum(routes[layer].multiply_adds * int(alone[some.image].sum()) for layer, some in cells.items())
     for needed, members in groups:
         names = graph.ancestors([routes[layer].target for layer in needed])
-        up += len(members) * sum(_multiply_adds(graph.operations[name]) for name in names)
+        up += len(members) * sum(graph.operations[name].multiply_adds() for name in names)
     return up, sum(down.values())
 
 
@@ -192,7 +193,7 @@ def _grouped(
     alone = torch.zeros(images, dtype=torch.bool, device=counts.device)
     for number, (row, windows) in enumerate(zip(counts.T.tolist(), (in_windows @ counts).tolist(), strict=True)):
         needed = graph.ancestors([route.target for route, count in zip(routes.values(), row, strict=True) if count])
-        if windows < sum(_multiply_adds(graph.operations[name]) for name in needed):
+        if windows < sum(graph.operations[name].multiply_adds() for name in needed):
             alone[number] = True
         elif needed:
             groups.setdefault(needed, []).append(number)
@@ -201,14 +202,6 @@ def _grouped(
         for needed, members in groups.items()
     ]
     return whole, alone
-
-
-def _multiply_adds(op: Operation, field: ReceptiveField | None = None) -> int:
-    """Multiply-adds of an operation for the cells that a field covers, by default for the whole map."""
-    if isinstance(op.module, nn.Conv2d):
-        rows, cols = field.size if field else op.shape[1:]
-        return rows * cols * op.module.weight.numel()
-    return op.module.weight.numel() if isinstance(op.module, nn.Linear) else 0
 
 
 def _batches(count: int, size: int) -> Iterator[slice]:
@@ -286,7 +279,8 @@ class _Route:
         """
         whole = self.semantics.cells == "all" or self.semantics.unpool != "sum"
         return sum(
-            _multiply_adds(self.graph.operations[name], None if whole else self.plan[name]) for name in self.plan
+            self.graph.operations[name].multiply_adds(None if whole else math.prod(field.size))
+            for name, field in self.plan.items()
         )
 
     def together(self, memory_mb: float, like: Tensor) -> int:

@@ -17,7 +17,7 @@ score of the window cut out and run by itself only in networks that do not pad.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Literal
 
 import torch
@@ -41,6 +41,12 @@ Of the accurate model: 245 x 245, 281 x 317, 317 x 389, 389 x 461, 425 x 497 and
 give the table's maps; its sizes follow by the same rule, from 247 x 247 in steps of 32. (For scale 5 the table prints
 35 cells before and 11 after the pool; 497 pixels give 38 and 12, and only these the table's own 24 columns of classes.)
 """
+
+
+def require_scales(scales: Sequence[int]) -> None:
+    """Some of 1 to 6, ascending. Raises: ValueError."""
+    if not scales or list(scales) != sorted({*scales}) or not {*scales} <= {*range(1, len(SCALES) + 1)}:
+        raise ValueError(f"scales is {tuple(scales)}: give some of 1 to {len(SCALES)}, ascending")
 
 
 class Sliding:
@@ -182,6 +188,26 @@ def slide(head: nn.Module, pooled: Tensor) -> Tensor:
     """A head, maps to maps, over the pooled maps of all offsets [offsets, N, maps, rows, cols]; interleaved."""
     output: Tensor = head(pooled.flatten(0, 1))
     return interleave(output.unflatten(0, pooled.shape[:2]))
+
+
+def in_context(scores: Tensor, context: nn.Module, lower: Tensor, nearest: Tensor) -> Tensor:
+    """Class scores of windows with what the network sees around them at a lower resolution (OverFeat Sec. 5).
+
+    The paper takes lower resolutions into account, and does not say how. Here it is the window of the next lower one
+    that lies nearest.
+
+    Args:
+        scores: [N, C, rows, cols].
+        context: units of the last hidden layer -> what they add to the class scores; both [N, ..., rows, cols].
+        lower: those units at the lower resolution, [N, units, its rows, its cols].
+        nearest: [N, rows x cols] which of its windows, row by row; -1: there is no lower resolution.
+
+    Returns: [N, C, rows, cols].
+    """
+    there = nearest.clamp_min(0)[:, None].expand(-1, lower.shape[1], -1)
+    around = torch.where(nearest[:, None] >= 0, lower.flatten(2).gather(2, there), 0.0)
+    added: Tensor = context(around.unflatten(2, scores.shape[2:]))
+    return scores + added
 
 
 def interleave(maps: Tensor) -> Tensor:

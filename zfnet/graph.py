@@ -9,6 +9,7 @@ the graph is run: weights loaded after the trace count.
 """
 
 import difflib
+import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -44,6 +45,11 @@ class Window:
         rows, cols = ((k - 1) * d + 1 for k, d in zip(self.kernel, self.dilation, strict=True))
         return rows, cols
 
+    def reach(self, size: Pair) -> Pair:
+        """Input rows and columns that so many output rows and columns read."""
+        rows, cols = ((n - 1) * stride + span for n, stride, span in zip(size, self.stride, self.span, strict=True))
+        return rows, cols
+
 
 @dataclass(frozen=True, eq=False)
 class Operation:
@@ -68,6 +74,13 @@ class Operation:
     pointwise: bool = False
     """Each output cell depends on the same cell of the inputs alone (in all maps): every kind of this sort, and
     activation functions of kind "unknown" such as ReLU6."""
+
+    def multiply_adds(self, cells: int | None = None) -> int:
+        """Of so many output cells in all their maps, by default all: one for every weight. Only convolutions and linear
+        operations count; a linear one has one cell, all its units."""
+        if not isinstance(self.module, nn.Conv2d | nn.Linear):
+            return 0
+        return self.module.weight.numel() * (math.prod(self.shape[1:]) if cells is None else cells)
 
 
 class UnknownLayer(ValueError):

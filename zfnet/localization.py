@@ -18,7 +18,7 @@ from torch import Tensor
 
 from zfnet import images
 from zfnet.activations import NotFinite
-from zfnet.dense import Sliding, Stride, slide
+from zfnet.dense import Sliding, Stride, in_context, require_scales, slide
 from zfnet.images import Crop, Pixels, Preprocessing
 from zfnet.merging import Average, Edges, area, greedy_merge, intersection
 from zfnet.models.heads import EDGES, HeadedNetwork
@@ -236,8 +236,7 @@ class Looker:
     ) -> None:
         if getattr(network, "regressor", None) is None:
             raise ValueError("this network has no regressor of boxes: give one that jobs/train_localizer.py made")
-        if not scales or list(scales) != sorted(set(scales)):
-            raise ValueError(f"scales is {tuple(scales)}; expected some of 1 to 6, ascending")
+        require_scales(scales)
         self.network, self.scales, self.stride = network, tuple(scales), stride
         self.sliding = Sliding(network)
         self.preprocessing = preprocessing.of_any_size()
@@ -265,8 +264,7 @@ class Looker:
             if self.network.context is not None:
                 if lower is not None:
                     nearest = torch.from_numpy(nearest_window(windows, lower[1])).to(device)
-                    around = lower[0].flatten(2)[:, :, nearest].unflatten(2, (rows, cols))
-                    scores = scores + self.network.context(around)
+                    scores = in_context(scores, self.network.context, lower[0], nearest[None])
                 lower = hidden, windows
             assert self.network.regressor is not None
             relative = slide(self.network.regressor, pooled)[0].flatten(1).T.double().cpu().numpy()

@@ -87,36 +87,47 @@ def greedy_merge(boxes: Edges, scores: Edges, threshold: float, average: Average
     boxes, scores = np.asarray(boxes, np.float64).reshape(-1, 4), np.asarray(scores, np.float64)
     if not (area(boxes) > 0).all() or not (scores > 0).all():
         raise ValueError("boxes are merged that have an area and a score above 0: leave the others out")
-    count = len(boxes)
-    standing = np.arange(2 * count) < count
-    edges, score, windows = np.zeros((2 * count, 4)), np.zeros(2 * count), np.ones(2 * count, np.int64)
-    edges[:count], score[:count] = boxes, scores
-    # For each box the best of those behind it: the first of the best rows is then the first of the best pairs.
-    best, partner = np.full(2 * count, np.inf), np.zeros(2 * count, np.int64)
-
-    def look_behind(row: int) -> None:
-        behind = row + 1 + np.flatnonzero(standing[row + 1 :])
-        best[row] = np.inf
-        if len(behind):
-            found = match_score(edges[row], edges[behind])
-            best[row], partner[row] = found.min(), behind[found.argmin()]
-
-    for row in range(count):
-        look_behind(row)
+    left, count = _Standing(boxes, scores), len(boxes)
     for new in range(count, 2 * count - 1):
-        one = int(best.argmin())
-        if best[one] > threshold:
+        one = int(left.match.argmin())
+        if left.match[one] > threshold:
             break
-        two = int(partner[one])
-        standing[[one, two]], best[[one, two]] = False, np.inf
-        weights = (1.0, 1.0) if average == "paper" else (score[one], score[two])
-        edges[new] = (weights[0] * edges[one] + weights[1] * edges[two]) / sum(weights)
-        score[new], windows[new] = score[one] + score[two], windows[one] + windows[two]
-        before = np.flatnonzero(standing)
-        for row in before[np.isin(partner[before], [one, two])]:
-            look_behind(int(row))
-        standing[new] = True
-        found = match_score(edges[before], edges[new])
-        better = before[found < best[before]]
-        best[better], partner[better] = found[found < best[before]], new
-    return Merged(edges[standing], score[standing], windows[standing])
+        left.merge(one, int(left.partner[one]), new, average)
+    return Merged(left.edges[left.stands], left.scores[left.stands], left.windows[left.stands])
+
+
+class _Standing:
+    """The boxes that are left, with room for all that come of them, and for each its best match of those behind it: the
+    first of the best rows is then the first of the best pairs."""
+
+    def __init__(self, boxes: Edges, scores: Edges) -> None:
+        count = len(boxes)
+        self.stands = np.arange(2 * count) < count
+        self.edges, self.scores = np.zeros((2 * count, 4)), np.zeros(2 * count)
+        self.edges[:count], self.scores[:count] = boxes, scores
+        self.windows = np.ones(2 * count, np.int64)
+        self.match, self.partner = np.full(2 * count, np.inf), np.zeros(2 * count, np.int64)
+        for row in range(count):
+            self._look_behind(row)
+
+    def _look_behind(self, row: int) -> None:
+        behind = row + 1 + np.flatnonzero(self.stands[row + 1 :])
+        self.match[row] = np.inf
+        if len(behind):
+            found = match_score(self.edges[row], self.edges[behind])
+            self.match[row], self.partner[row] = found.min(), behind[found.argmin()]
+
+    def merge(self, one: int, two: int, new: int, average: Average) -> None:
+        """Put the average of two boxes in the place `new`, behind all others."""
+        self.stands[[one, two]], self.match[[one, two]] = False, np.inf
+        weights = (1.0, 1.0) if average == "paper" else (self.scores[one], self.scores[two])
+        self.edges[new] = (weights[0] * self.edges[one] + weights[1] * self.edges[two]) / sum(weights)
+        self.scores[new] = self.scores[one] + self.scores[two]
+        self.windows[new] = self.windows[one] + self.windows[two]
+        before = np.flatnonzero(self.stands)
+        for row in before[np.isin(self.partner[before], [one, two])]:
+            self._look_behind(int(row))
+        self.stands[new] = True
+        found = match_score(self.edges[before], self.edges[new])
+        better = found < self.match[before]
+        self.match[before[better]], self.partner[before[better]] = found[better], new

@@ -7,6 +7,7 @@ probable class. All three come from the same forward passes here, and those comp
 (`zfnet.incremental`).
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
@@ -17,7 +18,8 @@ from torch import Tensor
 
 from zfnet.features import last_hidden_convolution
 from zfnet.graph import Graph
-from zfnet.incremental import Axis, Change, Incremental, Occluded
+from zfnet.incremental import Axis, Change, Incremental
+from zfnet.occluded import Occluded
 
 COARSE = 4
 """A map that is refined is first computed at every fourth position along rows and columns."""
@@ -163,13 +165,7 @@ def sensitivity(
     seen = _look(graph, clean, target)
     plan = Incremental(graph, grid.extents(), graph.activation_of(seen.layer), windows=method == "incremental")
     occluded = Occluded(plan, clean, filled, seen.feature_map)
-
-    def measure(places: Tensor, all_probabilities: bool = all_probabilities) -> _Maps:
-        return _measure(occluded, places, seen.target, int(memory_mb * 2**20), all_probabilities)
-
-    unoccluded = (seen.activation, seen.probabilities[seen.target])
-    maps = measure(_all_places(grid)) if refine == 1 else _refined(measure, grid, refine, unoccluded)
-    lowest = _all_places(grid)[int(_first_largest(-maps.probability, 0))]
+    maps, lowest = _mapped(occluded, seen, grid, refine, int(memory_mb * 2**20), all_probabilities)
     shape = (grid.rows, grid.cols)
     return Sensitivity(
         grid=grid,
@@ -179,7 +175,7 @@ def sensitivity(
         probabilities=maps.probabilities.view(*shape, -1) if all_probabilities else None,
         exact=refine == 1,
         dense_from=occluded.dense_from,
-        lowest_probabilities=measure(lowest[None], all_probabilities=True).probabilities[0],
+        lowest_probabilities=lowest,
         **_described(seen),
     )
 
@@ -253,6 +249,21 @@ def _all_places(grid: Grid) -> Tensor:
     return torch.cartesian_prod(torch.arange(grid.rows), torch.arange(grid.cols))
 
 
+def _mapped(
+    occluded: Occluded, seen: _Clean, grid: Grid, refine: float, memory_bytes: int, all_probabilities: bool
+) -> tuple[_Maps, Tensor]:
+    """What is noted of every position, and the probabilities [classes] where the target's is lowest."""
+
+    def measure(places: Tensor, all_probabilities: bool = all_probabilities) -> _Maps:
+        return _measure(occluded, places, seen.target, memory_bytes, all_probabilities)
+
+    places = _all_places(grid)
+    unoccluded = (seen.activation, seen.probabilities[seen.target])
+    maps = measure(places) if refine == 1 else _refined(measure, grid, refine, unoccluded)
+    lowest = places[int(_first_largest(-maps.probability, 0))]
+    return maps, measure(lowest[None], all_probabilities=True).probabilities[0]
+
+
 def _measure(occluded: Occluded, places: Tensor, target: int, memory_bytes: int, all_probabilities: bool) -> _Maps:
     """At positions [P, 2], as rows and columns of the grid."""
     found: list[_Maps] = []
@@ -270,7 +281,7 @@ def _measure(occluded: Occluded, places: Tensor, target: int, memory_bytes: int,
 
 def _refined(measure: Callable[[Tensor], _Maps], grid: Grid, share: float, unoccluded: tuple[Tensor, Tensor]) -> _Maps:
     """A coarse grid, then the `share` of all positions where it says that most changes; the rest interpolated."""
-    row_nodes, col_nodes = (sorted({*range(0, n, COARSE), n - 1}) for n in (grid.rows, grid.cols))
+    row_nodes, col_nodes = _nodes(grid)
     coarse = measure(torch.cartesian_prod(torch.tensor(row_nodes), torch.tensor(col_nodes)))
     by_row, by_col = _interpolation(grid.rows, row_nodes), _interpolation(grid.cols, col_nodes)
 
@@ -292,12 +303,27 @@ def _refined(measure: Callable[[Tensor], _Maps], grid: Grid, share: float, unocc
     at_nodes = torch.zeros(grid.rows, grid.cols, dtype=torch.bool)
     at_nodes[torch.tensor(row_nodes)[:, None], torch.tensor(col_nodes)] = True
     order = torch.as_tensor(change).cpu().masked_fill(at_nodes.flatten(), -1).argsort(descending=True, stable=True)
-    chosen = order[: min(round(share * len(order)), int((~at_nodes).sum()))].sort().values
     nodes = at_nodes.flatten().nonzero()[:, 0]
+    chosen = order[: computed_positions(grid, share) - len(nodes)].sort().values
     for index, part in ((nodes, coarse), *(((chosen, measure(_all_places(grid)[chosen])),) if len(chosen) else ())):
         for onto, values in zip(maps, part, strict=True):
             onto[index.to(onto.device)] = values
     return maps
+
+
+def _nodes(grid: Grid) -> tuple[list[int], list[int]]:
+    """Rows and columns of the coarse grid: every fourth, and the last."""
+    rows, cols = (sorted({*range(0, n, COARSE), n - 1}) for n in (grid.rows, grid.cols))
+    return rows, cols
+
+
+def computed_positions(grid: Grid, refine: float = 1.0) -> int:
+    """How many of the grid's positions are computed; the rest is interpolated (`sensitivity`, its `refine`)."""
+    every = grid.rows * grid.cols
+    if refine == 1:
+        return every
+    coarse = math.prod(len(nodes) for nodes in _nodes(grid))
+    return coarse + min(round(refine * every), every - coarse)
 
 
 def _interpolation(length: int, nodes: list[int]) -> Tensor:

@@ -140,11 +140,6 @@ def preset_of(architecture: str) -> str:
     return next((paper for paper in ("alexnet", "overfeat") if architecture.startswith(paper)), "zfnet")
 
 
-def recipe_for(architecture: str) -> Recipe:
-    """The recipe of a network: its paper's, a faster one for the small ones, one for torchvision's and others."""
-    return PRESETS[preset_of(architecture)]
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Weights
 

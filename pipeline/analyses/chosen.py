@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import pyarrow as pa
@@ -32,14 +33,20 @@ class Chosen:
 def samples(context: Context, slices: list[str]) -> pa.Table:
     """The chosen images. Raises: RunError for keys or classes that do not occur."""
     config: Chosen = context.config
-    rows = context.index.split(context.split)
     if config.keys:
-        if unknown := sorted(set(config.keys) - set(rows["key"].to_pylist())):
-            raise RunError(f"there is no key {', '.join(map(repr, unknown))} in the split {context.split!r}")
-        return rows.filter(pc.is_in(rows["key"], pa.array(config.keys)))
+        return with_keys(context, config.keys)
+    rows = context.index.split(context.split)
     if config.label is not None:
         rows = rows.filter(pc.equal(rows["label"], _label_number(context, config.label)))
     return rows.slice(0, config.first)
+
+
+def with_keys(context: Context, keys: Collection[str]) -> pa.Table:
+    """The images of these keys, in index order. Raises: RunError for keys that do not occur."""
+    rows = context.index.split(context.split)
+    if unknown := sorted(set(keys) - set(rows["key"].to_pylist())):
+        raise RunError(f"there is no key {', '.join(map(repr, unknown))} in the split {context.split!r}")
+    return rows.filter(pc.is_in(rows["key"], pa.array(keys)))
 
 
 def _label_number(context: Context, label: str) -> int:

@@ -17,13 +17,14 @@ from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import torch
 
 from pipeline import tables
+from pipeline.analyses.chosen import with_keys
 from pipeline.analyses.occlusion import colour, filled
 from pipeline.analysis import Analysis, Finished
 from pipeline.context import Batch, Context, Picture
+from pipeline.objects import boxes_of
 from pipeline.projections import png
 from pipeline.runs import RunError
 from pipeline.shards import Sample, Skipped
@@ -228,11 +229,7 @@ def samples(context: Context, slices: list[str]) -> pa.Table:
     Raises: RunError where there are fewer than two, or where one that was asked for by key cannot be compared.
     """
     config: Config = context.config
-    rows = context.index.split(context.split)
-    if unknown := sorted(set(config.keys) - set(rows["key"].to_pylist())):
-        raise RunError(f"there is no key {', '.join(map(repr, unknown))} in the split {context.split!r}")
-    if config.keys:
-        rows = rows.filter(pc.is_in(rows["key"], pa.array(config.keys)))
+    rows = with_keys(context, config.keys) if config.keys else context.index.split(context.split)
     chosen, reasons = [], []
     for place, sample in enumerate(context.index.read(rows)):
         reason = None if isinstance(sample, Skipped) else _unsuitable(context, sample)
@@ -287,14 +284,14 @@ def _masks(context: Context, sample: Sample, crop: images.Crop) -> list[Place]:
             raise ValueError(f"the mask of {part} leaves the network's input")
     seed = hashlib.sha256(json.dumps([config.seed, sample.key]).encode()).digest()
     rng = np.random.default_rng(int.from_bytes(seed, "big"))
-    boxes = _boxes(described, crop) if config.random_in == "box" else None
+    boxes = _boxes(sample, crop) if config.random_in == "box" else None
     return named + random_places(named, config.mask_px, crop.size_px, config.random, rng, boxes)
 
 
-def _boxes(described: dict[str, Any], crop: images.Crop) -> list[Box]:
+def _boxes(sample: Sample, crop: images.Crop) -> list[Box]:
     """The boxes of the sample's json in input pixels."""
-    corners = [box["xyxy"] for box in described.get("boxes", [])]
-    return [crop.from_original(y1, x1, y2 - y1, x2 - x1) for x1, y1, x2, y2 in corners]
+    edges = boxes_of(sample).tolist()
+    return [crop.from_original(top, left, bottom - top, right - left) for top, left, bottom, right in edges]
 
 
 def map_batch(context: Context, state: None, batch: Batch) -> pa.Table:

@@ -27,6 +27,7 @@ from pipeline.storage import Location
 from pipeline.views import Scaled, Seen, at_scales, checked_scales, scaled, sliding_of
 from zfnet import evaluation
 from zfnet.dense import MaximumOf, Sliding, Stride, strongest
+from zfnet.images import Crop
 
 SLICE = "images"
 
@@ -144,34 +145,18 @@ def _rows(context: Context, sliding: Sliding, picture: Seen, maps: list[Tensor],
     target = target_class(context, picture)
     if target is not None and target not in chosen:
         chosen.append(target)
-    rows = []
-    for scale, (pixels, crop), of_classes in zip(config.scales, picture.views, maps, strict=True):
-        top, left, high, wide = crop.to_original(0, 0, sliding.window_px, sliding.window_px)
-        step = sliding.step_px[config.stride] / sliding.window_px
-        same = {
-            "scale": scale,
-            "map_height": of_classes.shape[1],
-            "map_width": of_classes.shape[2],
-            "box_top": top,
-            "box_left": left,
-            "box_height": high,
-            "box_width": wide,
-            "step_height": high * step,
-            "step_width": wide * step,
-            "window_px": sliding.window_px,
+    rows = [
+        {
+            **_geometry(sliding, config.stride, scale, crop, of_classes),
+            "class": class_,
+            "class_name": context.model.classes[class_],
+            "rank": order.index(class_) + 1,
+            "probability": float(ranked[class_].exp()),
+            "image_png": png(pixels) if class_ == order[0] else None,
         }
-        for class_ in chosen:
-            rank = order.index(class_) + 1
-            rows.append(
-                {
-                    **same,
-                    "class": class_,
-                    "class_name": context.model.classes[class_],
-                    "rank": rank,
-                    "probability": float(ranked[class_].exp()),
-                    "image_png": png(pixels) if rank == 1 else None,
-                }
-            )
+        for scale, (pixels, crop), of_classes in zip(config.scales, picture.views, maps, strict=True)
+        for class_ in chosen
+    ]
     columns: dict[str, Any] = {name: [row[name] for row in rows] for name in rows[0]}
     arrays = [np.asarray(of_classes[class_]) for of_classes in maps for class_ in chosen]
     columns["probability_map"] = tables.flat_lists(arrays, pa.float32())
@@ -187,6 +172,24 @@ def _rows(context: Context, sliding: Sliding, picture: Seen, maps: list[Tensor],
     }
     columns |= {name: [value] * len(rows) for name, value in image.items()}
     return tables.conform(columns, SCHEMA)
+
+
+def _geometry(sliding: Sliding, stride: Stride, scale: int, crop: Crop, maps: Tensor) -> dict[str, Any]:
+    """The columns of a scale that are the same for all classes: where the windows of [C, rows, cols] lie."""
+    top, left, height, width = crop.to_original(0, 0, sliding.window_px, sliding.window_px)
+    step = sliding.step_px[stride] / sliding.window_px
+    return {
+        "scale": scale,
+        "map_height": maps.shape[1],
+        "map_width": maps.shape[2],
+        "box_top": top,
+        "box_left": left,
+        "box_height": height,
+        "box_width": width,
+        "step_height": height * step,
+        "step_width": width * step,
+        "window_px": sliding.window_px,
+    }
 
 
 def reduce_part(context: Context, results: list[pa.Table]) -> pa.Table:

@@ -6,7 +6,6 @@ lie side by side in one table; another set of images, another --pool or --scale,
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from torch import Tensor
 from pipeline import tables
 from pipeline.analysis import Analysis, Finished
 from pipeline.context import Context, centre_crops, normalised
+from pipeline.objects import labels_of
 from pipeline.runs import RunError, require_at_least_one
 from pipeline.shards import Sample, Skipped
 from pipeline.storage import Location
@@ -211,17 +211,8 @@ def _image_columns(context: Context, samples: list[Sample]) -> dict[str, Any]:
         "shard": [sample.shard for sample in samples],
         "label": labels,
         "label_name": [context.index.label_name(label) for label in labels],
-        "box_labels": [_box_labels(sample) for sample in samples],
+        "box_labels": [labels_of(sample) or None for sample in samples],
     }
-
-
-def _box_labels(sample: Sample) -> list[str] | None:
-    """The classes of an image's boxes; None where its json, if there is any, lists none."""
-    try:
-        boxes = json.loads(sample.members.get("json", b"{}"))["boxes"]
-        return sorted({str(box["label"]) for box in boxes}) or None
-    except (ValueError, KeyError, TypeError):
-        return None
 
 
 def _rows(context: Context, layer: str, images: dict[str, Any], rows: list[Row]) -> pa.Table:

@@ -5,7 +5,7 @@ As in top9 an image counts once for a map, by its strongest cell, and only with 
 
 - `top`: the k strongest, by (activation descending, key ascending): top9 for any k;
 - `bottom`: the k weakest of those that excite the map at all, by (activation ascending, key ascending);
-- `q0.50`: k neighbours in the order of `top`, around the strongest image that a share of 0.50 of them does not exceed.
+- `q0.5`: k neighbours in the order of `top`, around the strongest image that a share of 0.5 of them does not exceed.
 
 With --per-class all this among the images of each class; images without a label are left out then.
 """

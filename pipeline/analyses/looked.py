@@ -17,7 +17,7 @@ from pipeline.runs import RunError, require_at_least_one
 from pipeline.shards import Sample, Skipped
 from pipeline.storage import Location
 from zfnet import images
-from zfnet.dense import Stride
+from zfnet.dense import Stride, require_scales
 from zfnet.localization import Found, Looker, Seen, View
 from zfnet.merging import Average, Edges
 
@@ -43,8 +43,10 @@ class Looking:
 
     def __post_init__(self) -> None:
         require_at_least_one(self, "part_size", "batch_size")
-        if not self.scales or list(self.scales) != sorted(set(self.scales)) or not {*self.scales} <= {*range(1, 7)}:
-            raise RunError(f"--scales is {self.scales}: give some of 1 to 6, ascending")
+        try:
+            require_scales(self.scales)
+        except ValueError as error:
+            raise RunError(f"--{error}") from None
         if not self.threshold >= 0:
             raise RunError(f"--threshold is {self.threshold}: give 0 or more")
 

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from pipeline import tables
+from pipeline.analyses.chosen import target_class
 from pipeline.analysis import Analysis, Finished
 from pipeline.context import Batch, Context, Picture
 from pipeline.objects import objects_of
@@ -159,7 +160,8 @@ def map_batch(context: Context, state: None, batch: Batch) -> pa.Table:
     if not (np.isfinite(scores).all() and np.isfinite(activity).all()):
         raise RunError(f"sample {picture.sample.key!r} gives activations or scores that are not finite numbers")
     clean_class = int(np.argmax(scores[0]))
-    target = _target(context, picture, clean_class)
+    label = target_class(context, picture)
+    target = clean_class if label is None else label
     probability, after = scores[1:, target], activity[1 + len(hidden) :]
     lost = 1 - after / activity[0] if activity[0] else np.full(len(after), np.nan)
     row = {
@@ -194,12 +196,6 @@ def map_batch(context: Context, state: None, batch: Batch) -> pa.Table:
 
 def _mean(values: Sequence[float] | npt.NDArray[np.float64]) -> float | None:
     return float(np.mean(values)) if len(values) and np.isfinite(values).all() else None
-
-
-def _target(context: Context, picture: Picture, clean_class: int) -> int:
-    """The label, where the images' classes are the network's own; else the most probable class."""
-    label = picture.sample.label
-    return label if label is not None and context.index.classes == context.model.classes else clean_class
 
 
 def _object(context: Context, picture: Picture) -> Box | None:

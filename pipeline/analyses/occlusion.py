@@ -25,7 +25,7 @@ from pipeline.runs import RunError, require_at_least_one
 from pipeline.storage import Location
 from zfnet import deconv
 from zfnet.deconv import Cells, Semantics
-from zfnet.occlusion import Grid, Sensitivity, blurred, sensitivity, watched_layer
+from zfnet.occlusion import Grid, Sensitivity, blurred, computed_positions, sensitivity, watched_layer
 from zfnet.receptive import receptive_field
 
 SLICE = "images"
@@ -216,10 +216,9 @@ def map_batch(context: Context, state: None, batch: Batch) -> pa.Table:
     (picture,) = batch.pictures
     config: Config = context.config
     fill, target = filled(context, batch), target_class(context, picture)
-    rows = []
-    for grid in grids_of(context):
-        try:
-            found = sensitivity(
+    try:
+        found = [
+            sensitivity(
                 context.graph,
                 batch.x[0],
                 fill,
@@ -229,11 +228,13 @@ def map_batch(context: Context, state: None, batch: Batch) -> pa.Table:
                 refine=config.refine,
                 all_probabilities=config.probabilities,
             )
-        except ValueError as error:
-            raise RunError(f"sample {picture.sample.key!r}: {error}") from None
-        projection = _strongest_projection(context, batch, found.feature_map)
-        rows.append(tables.conform({**_describe(context, picture, found), **projection}, schema(config)))
-    return pa.concat_tables(rows)
+            for grid in grids_of(context)
+        ]
+    except ValueError as error:
+        raise RunError(f"sample {picture.sample.key!r}: {error}") from None
+    projection = _strongest_projection(context, batch, found[0].feature_map)  # the clean image's, whatever the size
+    rows = [{**_describe(context, picture, of_size), **projection} for of_size in found]
+    return pa.concat_tables([tables.conform(row, schema(config)) for row in rows])
 
 
 def filled(context: Context, batch: Batch) -> Tensor:
@@ -328,7 +329,7 @@ ANALYSIS = Analysis(
     map_batch=map_batch,
     reduce_part=reduce_part,
     fold=fold,
-    forwards=lambda context: 1 + sum(grid.rows * grid.cols for grid in grids_of(context)),
+    forwards=lambda context: 1 + sum(computed_positions(grid, context.config.refine) for grid in grids_of(context)),
     expected_rows=expected_rows,
     selects=(),
     then="pictures.py --run {run} --data {data}",

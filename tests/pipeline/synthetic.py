@@ -191,7 +191,7 @@ def write_around(run: Run, layer: str, shared: dict[str, Any]) -> None:
     cells = {name: shared[name] for name in [*IDENTITY, *(field.name for field in tables.CELL)]}
     rows = len(shared["rank"])
     grouped = {name: np.tile(values, 2) for name, values in cells.items()}
-    grouped |= {"class": [None] * 2 * rows, "group": ["q0.50"] * rows + ["bottom"] * rows}
+    grouped |= {"class": [None] * 2 * rows, "group": ["q0.5"] * rows + ["bottom"] * rows}
     grouped |= {"quantile": [0.5] * rows + [None] * rows, "label": list(shared["label"]) * 2}
     grouped |= {"label_name": list(shared["label_name"]) * 2}
     finish(run, "groups", layer, tables.conform(grouped, groups.SCHEMA))

@@ -222,7 +222,7 @@ def test_map_page_holds_what_the_tables_know_of_the_map(site: Path) -> None:
     for words in (
         "Largest activation 10, active in 22.5 % of 40 images",
         "Classes of the 9 strongest images",
-        "q0.50",
+        "q0.5",
         "Map 1 correlation 0.970",
         "In other tables",
         "unheard_of",

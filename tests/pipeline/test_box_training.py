@@ -194,7 +194,8 @@ def test_what_cannot_be_used_is_listed_and_the_rest_trains(classifier, tmp_path)
     ("kind", "more", "message"),
     [
         (Localizer, {"scales": (3, 1)}, "--scales is"),
-        (Localizer, {"scales": (7,)}, "scale is 7; expected 1 to 6"),
+        (Detector, {"scales": ()}, "--scales is"),
+        (Localizer, {"scales": (7,)}, r"--scales is \(7,\): give some of 1 to 6, ascending"),
         (Localizer, {"batch": 500}, "--batch is 500, and the split 'train' holds 24 images"),
         (Localizer, {"in_view": 1.5}, "--in-view is 1.5"),
         (Localizer, {"filled": -0.1}, "--filled is -0.1"),

@@ -189,6 +189,17 @@ def test_masks_lie_on_their_parts_and_random_ones_in_the_box(make_run, faces):
             assert 18 * 86 / 96 - 11 <= left + 5.5 <= 78 * 86 / 96 - 11
 
 
+def test_boxes_that_cannot_be_used_are_left_out(make_run, faces, tmp_path):
+    rng = np.random.default_rng(0)
+    good = {"xyxy": [18.0, 14.0, 78.0, 70.0]}
+    faulty = [{"xyxy": [0, 0, 0, 80]}, {"label": "face"}, good, {"xyxy": [float("nan"), 0, 9, 9]}, 3]
+    data = write(tmp_path / "faulty", [face(rng, boxes=faulty) for _ in range(5)])
+    found = run_correspondence(make_run("one"), data)[2]
+    alone = run_correspondence(make_run("other"), faces)[2]
+    for column in ("mask_tops", "mask_lefts"):
+        assert found[column].map(list).tolist() == alone[column].map(list).tolist()
+
+
 def test_neither_workers_nor_parts_matter(make_run, faces, ray_cluster):
     run, other = make_run(), make_run("other")
     run_correspondence(run, faces)

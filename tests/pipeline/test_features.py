@@ -113,6 +113,7 @@ def test_the_default_is_every_convolution_and_linear_layer(make_run, make_shards
 def test_classes_of_boxes_are_kept_and_damaged_json_is_not(make_run, tmp_path):
     boxes = [
         {"boxes": [{"label": "green", "xyxy": [0, 0, 4, 4]}, {"label": "blue"}, {"label": "green"}]},
+        {"boxes": [{"label": "red", "xyxy": [4, 4, 4, 9]}, {"xyxy": [0, 0, 4, 4]}, "green"]},
         {"boxes": []},
         {"width": 3},
     ]
@@ -125,7 +126,7 @@ def test_classes_of_boxes_are_kept_and_damaged_json_is_not(make_run, tmp_path):
     run = make_run()
     run_features(run, data, layers=("conv5",))
     found = pq.read_table(run / "results" / "features")["box_labels"].to_pylist()
-    assert found == [["blue", "green"], None, None, None, None]
+    assert found == [["blue", "green"], ["red"], None, None, None, None]  # a box without an area names a class, too
 
 
 def test_features_that_would_take_too_much_are_refused_before_work(make_run, make_shards):

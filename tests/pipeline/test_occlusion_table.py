@@ -111,6 +111,25 @@ def test_the_five_best_classes_before_and_with_the_square_where_it_hurts_most(ma
             assert np.abs(getattr(row, f"{name}_top5_probabilities") - scores[classes]).max() < 1e-5
 
 
+def test_every_size_has_the_same_projection_made_once(make_run, make_shards, monkeypatch):
+    project, layers = occlusion.deconv.project, []
+    monkeypatch.setattr(
+        occlusion.deconv, "project", lambda record, layer, cell: (layers.append(layer), project(record, layer, cell))[1]
+    )
+    frame = occluded(make_run(), make_shards(val=[2]), occluder_px=("9", "16x8"))
+    assert len(frame) == 4
+    assert frame.projection.map(bytes).groupby(frame.key).nunique().eq(1).all()
+    assert len(layers) == 2
+
+
+@pytest.mark.parametrize(("refine", "forwards"), [(1.0, 2 * (1 + 16)), (0.3, 2 * (1 + 4 + 5))])
+def test_a_plan_counts_what_refinement_leaves_to_compute(make_run, make_shards, capsys, refine, forwards):
+    options = Options(run=str(make_run()), data=str(make_shards(val=[2])), plan=True)
+    config = occlusion.Config(first=2, occluder_px=("4",), stride_px=20, refine=refine)  # 4 x 4, of which 2 x 2 coarse
+    assert sweep.run(occlusion.ANALYSIS, options, config) == 0
+    assert f"forwards  {forwards}\n" in capsys.readouterr().out
+
+
 def test_refined_maps_are_marked(make_run, make_shards):
     assert not occluded(make_run(), make_shards(val=[2]), refine=0.1).exact.any()
 

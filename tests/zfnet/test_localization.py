@@ -292,7 +292,7 @@ def test_guesses_are_the_best_box_of_each_class():
 def test_refusals_say_what_to_do():
     with pytest.raises(ValueError, match="no regressor of boxes"):
         Looker(models.build("overfeat_fast_small", 3), preprocessing(), (1,), "fine")
-    with pytest.raises(ValueError, match=r"scales is \(2, 1\); expected some of 1 to 6, ascending"):
+    with pytest.raises(ValueError, match=r"scales is \(2, 1\): give some of 1 to 6, ascending"):
         Looker(network(), preprocessing(), (2, 1), "fine")
     with pytest.raises(ValueError, match="zfnet_small looks at one window"):
         models.build("zfnet_small+boxes", 3)

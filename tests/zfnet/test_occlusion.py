@@ -11,10 +11,12 @@ from hypothesis import strategies as st
 from networks import Branches, chains, error, torchvision_network, zfnet_like
 from torch import nn
 
+from zfnet import occlusion
 from zfnet.graph import UnknownLayer
-from zfnet.incremental import ELEMENT, Incremental, Occluded
+from zfnet.incremental import ELEMENT, Incremental
 from zfnet.models import build
-from zfnet.occlusion import Grid, blurred, sensitivity, watched_layer
+from zfnet.occluded import Occluded
+from zfnet.occlusion import Grid, blurred, computed_positions, sensitivity, watched_layer
 from zfnet.tracing import trace
 
 
@@ -426,6 +428,18 @@ def test_refinement_is_exact_where_it_computes_and_linear_between():
     clean_sum = graph.run(clean[None], ["relu5"])["relu5"][0, coarse.feature_map].sum()
     most += (coarse.activation_map - clean_sum).abs() / (coarse.activation_map - clean_sum).abs().max()
     assert same.flatten()[most.flatten().argsort(descending=True)[:49]].all()
+
+
+@pytest.mark.parametrize("refine", [0, 0.2, 0.99, 1])
+def test_computed_positions_are_as_many_as_are_run(monkeypatch, refine):
+    graph = trace(zfnet_like(classes=4, input_px=96), (3, 96, 96))
+    clean, filled = (image.float() for image in image_and_fill(96))
+    grid, run, counts = Grid(96, 20, 7, occluder_width_px=34), occlusion._measure, []
+    monkeypatch.setattr(occlusion, "_measure", lambda *args: (counts.append(len(args[1])), run(*args))[1])
+    sensitivity(graph, clean, filled, grid, refine=refine)
+    *computed, lowest = counts
+    assert lowest == 1
+    assert computed_positions(grid, refine) == sum(computed)
 
 
 def test_refinement_of_one_position_and_of_all():

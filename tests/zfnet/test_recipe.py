@@ -22,7 +22,6 @@ from zfnet.recipe import (
     learning_rate,
     plateaus,
     preset_of,
-    recipe_for,
     renormalise_filters,
     set_dropout,
 )
@@ -111,7 +110,7 @@ def test_plateaus_counts_waits_without_a_new_lowest_error() -> None:
 
 
 def test_plateau_divides_the_rate_by_ten_three_times_at_most() -> None:
-    paper = recipe_for("zfnet")
+    paper = PRESETS["zfnet"]
     rates = [learning_rate(paper, 0, 10, [0.5] * epochs) for epochs in range(1, 40)]
     assert sorted({round(rate, 9) for rate in rates}, reverse=True) == [1e-2, 1e-3, 1e-4, 1e-5]
 
@@ -128,7 +127,7 @@ def test_cosine_climbs_then_falls_to_zero() -> None:
 
 @pytest.mark.parametrize("schedule", ["plateau", "epochs", "cosine"])
 def test_rate_depends_on_the_past_alone_so_that_resume_is_exact(schedule) -> None:
-    recipe = dataclasses.replace(recipe_for("zfnet_small"), schedule=schedule, patience=1, divide_after=(2, 5))
+    recipe = dataclasses.replace(PRESETS["small"], schedule=schedule, patience=1, divide_after=(2, 5))
     errors = [0.9, 0.5, 0.6, 0.4, 0.4]
     straight = [learning_rate(recipe, step, 10, errors[: step // 10]) for step in range(60)]
     resumed = [learning_rate(recipe, step, 10, list(errors[: step // 10])) for step in reversed(range(60))]
@@ -137,16 +136,16 @@ def test_rate_depends_on_the_past_alone_so_that_resume_is_exact(schedule) -> Non
 
 
 def test_paper_recipe_has_the_papers_numbers() -> None:
-    paper = recipe_for("zfnet")
+    paper = PRESETS["zfnet"]
     assert (paper.epochs, paper.batch, paper.lr, paper.momentum) == (70, 128, 0.01, 0.9)
     assert (paper.init, paper.renormalise, paper.schedule) == ("paper", 0.1, "plateau")
     assert paper.weight_decay == 5e-4
-    assert recipe_for("another network") == paper
+    assert preset_of("another network") == "zfnet"
 
 
 @pytest.mark.parametrize("name", models.names())
 def test_every_recipe_gives_finite_rates(name) -> None:
-    recipe = recipe_for(name)
+    recipe = PRESETS[preset_of(name)]
     assert all(math.isfinite(learning_rate(recipe, step, 5, [])) for step in range(5 * recipe.epochs + 1))
 
 
@@ -162,13 +161,14 @@ def test_alexnets_recipe_has_its_numbers() -> None:
     assert (alexnet.colour, alexnet.renormalise, alexnet.divisions) == ("paper", None, 3)
     names = ("alexnet", "alexnet_no34", "zfnet", "zfnet_wide", "zfnet_small", "alexnet_small_no7", "torchvision:vgg11")
     assert [preset_of(name) for name in names] == ["alexnet", "alexnet", "zfnet", "zfnet", "small", "small", "foreign"]
+    assert [preset_of(name) for name in ("overfeat_accurate", "overfeat_fast_small")] == ["overfeat", "small"]
 
 
 @pytest.mark.parametrize("name", ["squeezenet1_1", "resnet18", "mobilenet_v2"])
 def test_foreign_networks_begin_with_a_signal_that_reaches_the_classes(name) -> None:
     """Logits of the order of 1 that differ from image to image; under N(0, 0.01) those of SqueezeNet are 1e-18."""
     model = models.build(f"torchvision:{name}", classes=10)
-    initialise(model, recipe_for(f"torchvision:{name}").init)
+    initialise(model, PRESETS["foreign"].init)
     set_dropout(model, 0.0)
     pixels = PIXEL_STD * torch.randn(4, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
@@ -177,7 +177,7 @@ def test_foreign_networks_begin_with_a_signal_that_reaches_the_classes(name) -> 
 
 
 def test_overfeats_recipe_has_its_numbers_and_halves_the_rate_after_five_epochs() -> None:
-    overfeat = recipe_for("overfeat_accurate")
+    overfeat = PRESETS["overfeat"]
     assert (overfeat.batch, overfeat.momentum, overfeat.weight_decay, overfeat.init) == (128, 0.6, 1e-5, "paper")
     assert (overfeat.ones, overfeat.colour, overfeat.renormalise) == ((), "none", None)
     rates = [learning_rate(overfeat, step, 3, []) for step in range(3 * overfeat.epochs)]
