@@ -19,6 +19,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 import pipeline  # noqa: E402
+from pipeline import makers  # noqa: E402
 
 PAGE = ROOT / "docs" / "tables.md"
 
@@ -62,8 +63,6 @@ class Table:
     """A table as its schema declares it."""
 
     schema: pa.Schema
-    module: str
-    """The module that declares it."""
 
     def about(self, what: str) -> str:
         """Its row, file or key, as `pipeline.tables.schema` was given it."""
@@ -73,27 +72,6 @@ class Table:
     def key(self) -> list[str]:
         """The columns that name a row."""
         return self.about("key").split(", ")
-
-    @property
-    def job(self) -> str:
-        """The command that makes it."""
-        return _OF_NO_ANALYSIS.get(self.module) or f"`jobs/{_job(self.module.rpartition('.')[2])}`"
-
-
-def _job(analysis: str) -> str:
-    """The job that imports the analysis, or imports one that does."""
-    for folder in (ROOT / "jobs", ROOT / "pipeline" / "analyses"):
-        for path in sorted(folder.glob("*.py")):
-            if re.search(rf"pipeline\.analyses(\.| import ([\w, ]+, )?){analysis}\b", path.read_text()):
-                return path.name if folder.name == "jobs" else _job(path.stem)
-    raise LookupError(f"no job imports pipeline.analyses.{analysis}")
-
-
-_OF_NO_ANALYSIS = {
-    "pipeline.metrics": "`jobs/train.py`",
-    "pipeline.shards": "`jobs/shards.py`",
-    "pipeline.tables": "every job",
-}
 
 
 def found() -> dict[str, Table]:
@@ -107,7 +85,7 @@ def found() -> dict[str, Table]:
             name = schema.metadata[b"table"].decode()
             declared = re.search(rf'schema\(\s*"{name}"', inspect.getsource(module))
             if declared and (name not in tables or len(schema) > len(tables[name].schema)):
-                tables[name] = Table(schema, info.name)
+                tables[name] = Table(schema)
     return dict(sorted(tables.items()))
 
 
@@ -117,11 +95,15 @@ def page() -> str:
     lines = [INTRODUCTION, "| table | a row is | a file for each | made by |", "|---|---|---|---|"]
     for name, table in tables.items():
         lines.append(
-            f"| [`{name}`](#{name}) | {table.about('row')} | {table.about('file') or 'one file'} | {table.job} |"
+            f"| [`{name}`](#{name}) | {table.about('row')} | {table.about('file') or 'one file'} | {_job(name)} |"
         )
     for name, table in tables.items():
         lines += ["", *_section(name, table, tables)]
     return "\n".join(lines) + "\n"
+
+
+def _job(table: str) -> str:
+    return "every job" if table in APART else f"`jobs/{makers.job(table)}.py`"
 
 
 def _section(name: str, table: Table, tables: dict[str, Table]) -> list[str]:

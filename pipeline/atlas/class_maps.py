@@ -17,10 +17,11 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from pipeline.atlas.catalogue import ResultTable, TableFile, within
-from pipeline.atlas.heatmaps import COLOUR_BAR, colour_table, shares
+from pipeline.atlas.pages import COLOUR_BAR
 from pipeline.atlas.records import with_arrays
 from pipeline.atlas.site import Site
 from pipeline.atlas.sprites import webp
+from pipeline.drawing.heatmaps import colour_table, shares
 from pipeline.runs import Run
 
 IMAGES_SHOWN = 24

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.atlas import catalogue, history, views
+from pipeline.atlas import catalogue, history, table_charts
 from pipeline.atlas.catalogue import ResultTable
 from pipeline.atlas.charts import Bars, Chart
 from pipeline.atlas.layers import Face
@@ -67,5 +67,5 @@ def _charts_of_both(ours: Side, theirs: Side) -> list[tuple[ResultTable, list[Ch
     """The natural charts of every table that both have under one name."""
     known = {table.name: table for table in theirs.found}
     pairs = [(table, known[table.name]) for table in ours.found if table.name in known]
-    drawn = [(one, views.charts(ours.run, one), views.charts(theirs.run, other)) for one, other in pairs]
+    drawn = [(one, table_charts.charts(ours.run, one), table_charts.charts(theirs.run, other)) for one, other in pairs]
     return [(table, one, other) for table, one, other in drawn if one and other]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 
-from pipeline.atlas import views
+from pipeline.atlas import table_charts
 from pipeline.atlas.catalogue import ResultTable
 from pipeline.runs import Run
 
@@ -37,7 +37,7 @@ class Confusion:
 def of(run: Run, table: ResultTable) -> Confusion | None:
     """The matrix of a table confusion, None for any other."""
     columns = ["label", "label_name", "predicted_class", "predicted_name", "images"]
-    frame = views.read(run, table, columns) if table.kind == "confusion" else None
+    frame = table_charts.read(run, table, columns) if table.kind == "confusion" else None
     if frame is None or not len(frame):
         return None
     places = zip(frame["label"], frame["predicted_class"], frame["images"], strict=True)

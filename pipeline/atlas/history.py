@@ -8,11 +8,12 @@ from collections.abc import Sequence
 from typing import Any
 from urllib.parse import quote
 
-from pipeline.atlas import catalogue, confusion, papers, views
+from pipeline.atlas import catalogue, confusion, table_charts
 from pipeline.atlas.catalogue import ResultTable
 from pipeline.atlas.charts import Chart, Points, chart
 from pipeline.atlas.results import pandas_line
 from pipeline.atlas.site import Site
+from pipeline.papers.beside import beside
 from pipeline.runs import Run
 
 SKIPPED_SHOWN = 200
@@ -57,7 +58,7 @@ def write(site: Site, run: Run, facts: dict[str, Any], found: Sequence[ResultTab
         shares=_SHARES,
         charts=charts({"": known}),
         confusions=[(table, matrix) for table, matrix in matrices if matrix],
-        papers=papers.beside(run, list(found)),
+        papers=beside(run),
         reasons=Counter((row["table"], row["reason"]) for row in skipped).most_common(),
         skipped=skipped[:SKIPPED_SHOWN],
         skipped_total=len(skipped),
@@ -70,7 +71,7 @@ def epochs(run: Run, found: Sequence[ResultTable]) -> dict[str, list[Any]]:
     """The metrics that pages show, in the order of the epochs; empty where the run has none, or other ones."""
     for table in (table for table in found if table.name == "metrics"):
         for names in (_METRICS, _OF_WINDOWS):
-            if (frame := views.read(run, table, names)) is not None:
+            if (frame := table_charts.read(run, table, names)) is not None:
                 return {str(name): values for name, values in frame.sort_values("epoch").to_dict("list").items()}
     return {"epoch": []}
 

@@ -16,12 +16,12 @@ from PIL import Image
 from pipeline.atlas import boxes, mentions
 from pipeline.atlas.catalogue import ResultTable
 from pipeline.atlas.class_maps import ImageMaps
-from pipeline.atlas.heatmaps import COLOUR_BAR, Frame, Heat, LegendEntry, class_colours, colour_table, heat
-from pipeline.atlas.pages import Link, Picture, image_page, layer_page, map_page, neighbours
-from pipeline.atlas.projections import around_grey
+from pipeline.atlas.pages import COLOUR_BAR, Link, Picture, image_page, layer_page, map_page, neighbours
 from pipeline.atlas.records import SEMANTICS, Sources
 from pipeline.atlas.site import Site
 from pipeline.atlas.sprites import webp
+from pipeline.drawing.heatmaps import Frame, Heat, LegendEntry, class_colours, colour_table, heat
+from pipeline.drawing.tiles import around_grey
 from pipeline.progress import say
 from pipeline.projections import relative
 

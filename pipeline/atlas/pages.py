@@ -7,6 +7,9 @@ from dataclasses import dataclass
 
 from pipeline.runs import file_stem
 
+COLOUR_BAR = "assets/colour-bar.png"
+"""The colours of all heat maps, from dark to light."""
+
 
 @dataclass(frozen=True)
 class Link:

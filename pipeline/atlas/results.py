@@ -10,12 +10,13 @@ from urllib.parse import quote
 
 from PIL import Image
 
-from pipeline.atlas import boxes, catalogue, confusion, views
+from pipeline.atlas import boxes, catalogue, confusion, table_charts
 from pipeline.atlas.catalogue import ResultTable
 from pipeline.atlas.class_maps import ImageMaps
-from pipeline.atlas.heatmaps import COLOUR_BAR, heat
+from pipeline.atlas.pages import COLOUR_BAR
 from pipeline.atlas.site import Site
 from pipeline.atlas.sprites import webp
+from pipeline.drawing.heatmaps import heat
 from pipeline.runs import Run
 from pipeline.storage import Location
 
@@ -41,7 +42,7 @@ def write(site: Site, run: Run, found: Sequence[ResultTable], maps_of_classes: S
             line=pandas_line(run.location, table),
             file_url=lambda path: quote(f"../{path}"),
             columns=catalogue.columns(run, table),
-            charts=views.charts(run, table),
+            charts=table_charts.charts(run, table),
             confusion=confusion.of(run, table),
             gallery=gallery,
             picture_path=partial(_picture_path, table),

@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from pipeline import makers
 from pipeline.atlas.pages import Link
 from pipeline.storage import Location
 
@@ -44,6 +45,7 @@ class Site:
             lstrip_blocks=True,
         )
         filters = {"number": number, "count": count, "share": share, "url": quote, "shell": shlex.quote}
+        filters["maker"] = makers.command
         self._templates.filters.update(filters, zip=partial(zip, strict=True))
 
     def write(self, path: str, data: bytes) -> None:

@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from pipeline.atlas.projections import Box, Pixels, around_grey, patch_of, tile
+from pipeline.drawing.tiles import Box, Pixels, around_grey, patch_of, tile
 from pipeline.projections import relative
 from pipeline.storage import Location
 

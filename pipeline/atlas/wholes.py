@@ -10,8 +10,8 @@ import numpy as np
 from PIL import Image
 
 from pipeline import tables
-from pipeline.atlas.projections import Pixels
 from pipeline.atlas.sprites import GAP, webp
+from pipeline.drawing.tiles import Pixels
 from pipeline.storage import Location
 
 ACROSS = 9

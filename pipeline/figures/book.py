@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 from pipeline.figures import evolution, filters, invariance, markdown, masks, occlusion, sheet, top9, transfer
 from pipeline.figures.source import Missing, Source
-from pipeline.progress import say
+from pipeline.progress import say, suggest
 from pipeline.runs import Run, RunError, require_at_least_one
 from pipeline.storage import Location
 
@@ -67,8 +67,10 @@ def draw(options: Options) -> Location:
     text, missing = markdown.write(source)
     for line in missing:
         say(f"figures: no {line}")
-    if not drawn and len(missing) == len(markdown.TABLES):
+    if not drawn and not text:
         raise RunError(f"{run.location} has none of the tables that figures are drawn from: run the jobs named above")
-    (folder / "tables.md").write(text.encode())
-    say(f"figures: {drawn} figures and tables.md in {time.monotonic() - started:.1f} s: {folder}")
+    if text:
+        (folder / "tables.md").write(text.encode())
+    say(f"figures: {drawn} figures{' and tables.md' if text else ''} in {time.monotonic() - started:.1f} s: {folder}")
+    suggest("atlas.py --run {run}", run=options.run)
     return folder

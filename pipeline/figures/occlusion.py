@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from pipeline.atlas.heatmaps import class_colours
+from pipeline.drawing.heatmaps import class_colours
 from pipeline.figures.sheet import Pixels, mosaic, picture, sheet, wrapped
 from pipeline.figures.source import Missing, Row, Source
 from pipeline.figures.tiles import PLACE, PROJECTION, image_of, whole_projection

@@ -9,7 +9,7 @@ from typing import Any, cast
 import numpy as np
 import pyarrow as pa
 
-from pipeline import tables
+from pipeline import makers, tables
 from pipeline.runs import Run
 
 Row = dict[str, Any]
@@ -34,8 +34,7 @@ class Source:
         run = run or self.run
         slices = run.manifest(table)
         if not slices:
-            command = f"python jobs/{_JOBS.get(table, table)}.py --run {run.location}"
-            raise Missing(f"there is no table {table}: {command}")
+            raise Missing(no_table(run, table))
         found = [run.slice(table, name) for name in slices]
         if layer is None:
             read = [tables.read(location, columns) for location in found]
@@ -54,11 +53,6 @@ class Source:
         return [int(number) for number in np.sort(drawn)]
 
 
-_JOBS = {
-    "evaluation": "evaluate",
-    "feature_maps": "top9",
-    "evolution_convergence": "evolution",
-    "correspondence_images": "correspondence",
-    "units_comparison": "units",
-}
-"""The job that writes a table, where their names differ."""
+def no_table(run: Run, table: str) -> str:
+    """What is said of a table that the run has not, with the command that makes it."""
+    return f"there is no table {table}: {makers.command(table, str(run.location))}"

@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 
 from pipeline import projections
-from pipeline.atlas.projections import Box, around_grey, patch_of, tile
+from pipeline.drawing.tiles import Box, around_grey, patch_of, tile
 from pipeline.figures.sheet import Pixels
 
 PLACE = ["top", "left", "height", "width"]

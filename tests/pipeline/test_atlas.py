@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import html
 import io
 import json
+import re
+import shlex
 import shutil
 from dataclasses import dataclass
 from html.parser import HTMLParser
@@ -41,14 +44,16 @@ from pipeline.analyses import (
     units,
     units_comparison,
 )
-from pipeline.atlas import Options, boxes, build, sprites, views
+from pipeline.atlas import Options, boxes, build, sprites, table_charts
 from pipeline.atlas.charts import bars, chart, histogram
-from pipeline.atlas.heatmaps import PALETTE, class_colours, colour_table, heat
-from pipeline.atlas.projections import Box, around_grey, tile
 from pipeline.atlas.records import Sources
+from pipeline.drawing.heatmaps import PALETTE, class_colours, colour_table, heat
+from pipeline.drawing.tiles import Box, around_grey, tile
+from pipeline.papers.beside import beside
 from pipeline.projections import relative
 from pipeline.runs import Run, RunError, file_stem
 from pipeline.storage import Location
+from tests.jobs.parse import would_take
 from tests.pipeline.synthetic import (
     HOSTILE,
     LAYERS,
@@ -293,23 +298,46 @@ def test_the_overview_leads_to_all_and_the_run_page_gives_numbers_and_pandas_lin
     for table in ("metrics", "results/top9", "results/deconv", "results/occlusion", "results/skipped"):
         assert f"/run/{table}" in text
     assert "1 sample could not be read" in text
-    assert "this run, val, centre crop, 40 images25.012.5" in text  # beside the paper's table 2
+    assert "this run, val, centre crop, 40 images, average of 2 networks25.012.5" in text  # in the paper's table 2
     assert "1 convnet as per figure 338.416.5" in text
     assert "Table 6: PASCAL 2012 classification: not measured yet" in text
 
 
-def test_errors_of_boxes_stand_beside_overfeats(tmp_path: Path) -> None:
+def test_errors_of_boxes_stand_beside_overfeats_and_transfer_beside_tables_4_and_5(tmp_path: Path) -> None:
     run = make_run(tmp_path, without=("occlusion", "others"))
+    points = {"images_per_class": [15], "accuracy": [0.5], "spread": [0.02]}
     outcomes = {"outcome": ["right", "missed", "poor_overlap", "right", None], "key": list("abcde")}
     for name, schema, rows in (
         ("localization_images", localization.IMAGES, filled(localization.IMAGES, 5, **outcomes)),
         ("detection_classes", detection.CLASSES, filled(detection.CLASSES, 3, average_precision=[0.5, 0.75, None])),
+        ("transfer-mine", transfer.SCHEMA, filled(transfer.SCHEMA, 1, classifier=["svm"], layer=["fc7"], **points)),
+        ("scratch", scratch.SCHEMA, filled(scratch.SCHEMA, 1, architecture=["zfnet"], **points)),
     ):
         finish(run, name, "images", tables.conform(rows, schema))
-    text = read(built(run), "run.html").text
+    page = read(built(run), "run.html")
+    text = page.text
+    lines = " ".join(text.split())
+    assert "this run, svm (fc7) (transfer-mine)50.0 +- 2.0 this run, not pretrained (zfnet)50.0 +- 2.0" in lines
+    assert "Caltech-101, not pretrained22.8 +- 1.546.5 +- 1.7" in lines
+    assert "Caltech-256, not pretrained9.0 +- 1.422.5 +- 0.731.2 +- 0.538.8 +- 1.4" in lines
+    shown = [line for one in beside(run) if one.measured for grid in one.grids for line in grid.lines]
+    assert all("".join([line.name, *line.cells]) in text for line in shown)
     assert "this run, 4 images50.0" in text
     assert "this run, 2 classes62.5" in text
     assert "OverFeat, one regressor, 4 scales30.0" in text
+
+
+@pytest.mark.parametrize("without", [(), ("occlusion", "others", "deconv"), ("occlusion", "others", "boxes")])
+def test_every_command_on_the_pages_is_one_that_its_job_takes(tmp_path: Path, without: tuple[str, ...]) -> None:
+    index = built(make_run(tmp_path, without=without))
+    commands = {
+        html.unescape(command)
+        for page in index.parent.rglob("*.html")
+        for command in re.findall(r"python jobs/[^<]*", page.read_text())
+    }
+    assert {shlex.split(command)[1] for command in commands} >= {"jobs/localize.py", "jobs/detect.py", "jobs/atlas.py"}
+    for command in commands:
+        would_take(command)
 
 
 def test_a_training_on_windows_has_its_curves(tmp_path: Path) -> None:
@@ -676,30 +704,30 @@ def test_a_histogram_is_as_tall_as_its_counts_on_a_logarithmic_axis() -> None:
     assert histogram([], [], {}) is None
 
 
-def test_views_are_means_by_group(tmp_path: Path) -> None:
+def test_charts_of_tables_are_means_by_group(tmp_path: Path) -> None:
     rows = {"layer": ["a", "a", "b"], "stage": [0, 0, 0], "y": [1.0, 3.0, None]}
     frame = pd.DataFrame(rows)
-    (drawn,) = views.Curves(title="t", x="stage", y="y", by=("layer",)).draw(frame)
+    (drawn,) = table_charts.Curves(title="t", x="stage", y="y", by=("layer",)).draw(frame)
     assert [(line.name, line.last) for line in drawn.lines] == [("a", 2.0), ("b", None)]
-    (table,) = views.Means(title="t", by="layer", values=("y",)).draw(frame)
+    (table,) = table_charts.Means(title="t", by="layer", values=("y",)).draw(frame)
     assert [(name, bar.value) for name, (bar,) in table.rows] == [("a", 2.0), ("b", None)]
-    (shares,) = views.Shares(title="t", value="stage", by="layer").draw(frame.assign(stage=["x", "y", "x"]))
+    (shares,) = table_charts.Shares(title="t", value="stage", by="layer").draw(frame.assign(stage=["x", "y", "x"]))
     assert [(name, [bar.value for bar in bars]) for name, bars in shares.rows] == [
         ("all", [2 / 3, 1 / 3]),
         ("a", [0.5, 0.5]),
         ("b", [1, 0]),
     ]
-    (ranked,) = views.Means(title="t", by="layer", values=("stage",), ranked=True, mean=True).draw(
+    (ranked,) = table_charts.Means(title="t", by="layer", values=("stage",), ranked=True, mean=True).draw(
         frame.assign(stage=[1, 1, 3])
     )
     assert [(name, bar.value) for name, (bar,) in ranked.rows] == [("mean", 2), ("b", 3), ("a", 1)]
-    (spread,) = views.Spread(title="t", value="y", by="layer").draw(frame)
+    (spread,) = table_charts.Spread(title="t", value="y", by="layer").draw(frame)
     assert spread.lines[0].last == 0.5  # of the two rows of a, one lies in the last tenth
 
 
-@pytest.mark.parametrize("table", sorted(views.VIEWS))
+@pytest.mark.parametrize("table", sorted(table_charts.CHARTS))
 def test_the_charts_ask_for_columns_that_the_table_has(table: str) -> None:
-    asked = {column for view in views.VIEWS[table] for column in view.columns}
+    asked = {column for chart in table_charts.CHARTS[table] for column in chart.columns}
     assert asked <= set(SCHEMAS[table].names)
 
 

@@ -24,13 +24,14 @@ from pipeline.analyses import (
 )
 from pipeline.cluster import Workers
 from pipeline.context import Options
-from pipeline.figures import book, filters, markdown, masks, paper, sheet, source, tiles
+from pipeline.figures import book, filters, markdown, masks, sheet, source, tiles
 from pipeline.figures import evolution as evolution_figure
 from pipeline.figures import invariance as invariance_figure
 from pipeline.figures import occlusion as occlusion_figure
 from pipeline.figures import top9 as top9_figure
 from pipeline.figures import transfer as transfer_figure
 from pipeline.indexing import index_shards
+from pipeline.papers import numbers
 from pipeline.runs import Run, RunError
 from tests.conftest import random_model, samples
 from tests.tars import write_tar
@@ -181,24 +182,28 @@ def test_figures_of_tables_that_other_data_gives(run, tmp_path):
     assert anew.get_label() == "zfnet_small, from scratch"
     np.testing.assert_array_equal(anew.lines[0].get_xydata(), [[5, 12.5], [30, 50]])
     finish(other, "ablation", "zfnet", ablation.SCHEMA, {
-        "variant": ["zfnet", "mine"], "change": ["as it is", "layer 7 removed"], "parameters": [62357608, 1000],
+        "variant": ["zfnet", "zfnet_no7"], "change": ["as it is", "layer 7 removed"], "compared_with": [None, "zfnet"],
         "train_top1_error": [0.3, 0.5], "top1_error": [0.4, 0.5], "top5_error": [0.2, 0.25],
-        "paper_train_top1_error": [0.331, None], "paper_top1_error": [0.384, None], "paper_top5_error": [0.165, None],
     })  # fmt: skip
     for layer, values in {"conv5": [0.5, None], "fc7": [0.75, 0.25]}.items():
         finish(other, "multilabel", layer, multilabel.SCHEMA, {
             "layer": [layer] * 2, "label_name": ["cat", "dog"], "average_precision": values,
         })  # fmt: skip
     text, missing = markdown.write(shown(other))
-    assert "| cat | 50.0 | 75.0 |\n| dog | - | 25.0 |\n| mean | 50.0 | 50.0 |" in text
-    printed = "30.0 (paper: 33.1) | 40.0 (paper: 38.4) | 20.0 (paper: 16.5)"
-    assert f"| zfnet: as it is | 62,357,608 | {printed} |" in text
-    assert "| mine: layer 7 removed | 1,000 | 50.0 | 50.0 | 25.0 |" in text
-    assert "| eye | 0.250 +- 0.125 |" in text
-    assert "| svm (conv5) | 25.0 | 50.0 +- 2.0 | 75.0 +- 1.0 |" in text
-    assert "| from scratch (zfnet_small) | - | 12.5 | 50.0 +- 2.0 |" in text
-    assert all(" | ".join(line) in text for line in paper.CORRESPONDENCE)
-    assert [line.split(":")[0] for line in missing] == ["Table 2"]
+    assert "| class | conv5 | fc7 |\n" in text
+    assert "| this run, cat | 50.0 | 75.0 |\n| this run, dog | – | 25.0 |\n| this run, mean | 50.0 | 50.0 |\n\n" in text
+    assert "| this run, zfnet: as it is | 30.0 | 40.0 | 20.0 |\n" in text
+    assert "| this run, zfnet_no7: layer 7 removed | 50.0 | 50.0 | 25.0 |\n| alexnet: as it is | 35.1 | 40.5" in text
+    assert "| this run, zfnet_no7: layer 7 removed | 10.0 | 5.0 |\n| no contrast normalisation | 1.4 | 1.2 |" in text
+    assert "| colours not shifted: more than 1 % | 1.0 | – |" in text
+    assert "| this run, eye | 0.250 +- 0.125 |" in text
+    assert "| classifier | 1 | 5 | 30 |\n" in text
+    assert "| this run, svm (conv5) | 25.0 | 50.0 +- 2.0 | 75.0 +- 1.0 |" in text
+    assert "| this run, not pretrained (zfnet_small) | – | 12.5 | 50.0 +- 2.0 |" in text
+    assert "| Caltech-101, not pretrained | 22.8 +- 1.5 | 46.5 +- 1.7 |" in text
+    assert "| Caltech-256, not pretrained | 9.0 +- 1.4 | 22.5 +- 0.7 | 31.2 +- 0.5 | 38.8 +- 1.4 |" in text
+    assert all(" | ".join(line) in text for line in numbers.CORRESPONDENCE)
+    assert [line.split(":")[0] for line in missing] == ["Table 2", "OverFeat, figure 9", "OverFeat, figure 11"]
 
 
 def test_figure_4_has_a_row_for_each_map_and_a_column_for_each_epoch(run, tmp_path):
@@ -230,7 +235,7 @@ def test_all_of_it_is_written_and_the_same_tables_give_the_same_bytes(run, tmp_p
     stems = {"figure2_conv1", "figure2_conv2", "figure5", "figure6", "figure7"}
     assert names == {f"{stem}.{kind}" for stem in stems for kind in ("png", "pdf")} | {"tables.md"}
     assert all(Image.open(tmp_path / "one" / f"{stem}.png").width > 300 for stem in stems)
-    assert "centre views |" in (tmp_path / "one" / "tables.md").read_text()
+    assert "this run, val, centre crop, 14 images | " in (tmp_path / "one" / "tables.md").read_text()
     book.draw(dataclasses.replace(options, out=str(tmp_path / "two")))
     assert all((tmp_path / "two" / name).read_bytes() == (tmp_path / "one" / name).read_bytes() for name in names)
 

@@ -130,11 +130,11 @@ class Shares:
         return _drawn([bars(self.title, names, rows[:1] + rows[:0:-1], percent=True)])
 
 
-View = Curves | Means | Spread | Shares
+Natural = Curves | Means | Spread | Shares
 
 _OBJECTS = tuple(f"objects_{fate}" for fate in get_args(Fate))
 
-VIEWS: dict[str, tuple[View, ...]] = {
+CHARTS: dict[str, tuple[Natural, ...]] = {
     "metrics": (
         Curves(title="Training loss", x="epoch", y="train_loss"),
         Curves(title="Learning rate", x="epoch", y="learning_rate"),
@@ -226,10 +226,10 @@ VIEWS: dict[str, tuple[View, ...]] = {
 def charts(run: Run, table: ResultTable) -> list[Chart | Bars]:
     """The natural charts of a table; none where it has no rows, or was made by another version of its analysis."""
     found: list[Chart | Bars] = []
-    for view in VIEWS.get(table.kind, ()):
-        frame = read(run, table, view.columns)
+    for natural in CHARTS.get(table.kind, ()):
+        frame = read(run, table, natural.columns)
         if frame is not None and len(frame):
-            found += view.draw(frame)
+            found += natural.draw(frame)
     return found
 
 

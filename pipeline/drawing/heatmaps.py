@@ -13,11 +13,10 @@ import matplotlib
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.atlas.projections import Pixels
+from pipeline.drawing.tiles import Pixels
 
 Values = npt.NDArray[np.float32]
 
-COLOUR_BAR = "assets/colour-bar.png"
 TICKS = 5
 PALETTE = (
     "#0072b2", "#e69f00", "#009e73", "#cc79a7", "#d55e00",
