@@ -25,7 +25,7 @@ sys.path.insert(0, str(ROOT))
 from pipeline.figures import book  # noqa: E402
 
 PICTURES = ROOT / "docs" / "pictures"
-FIGURES = ("figure2_conv4", "figure2_conv5", "figure4", "figure5", "figure6", "figure7", "figure9")
+FIGURES = ("figure2_conv5", "figure4", "figure5", "figure6", "figure7", "figure9")
 WIDEST = 1400
 QUALITY = 80
 
@@ -44,9 +44,9 @@ class Shot:
 
 
 SHOTS = (
-    Shot("conv4", "layers/conv4/index.html", 976, 600, above="#map-list"),
-    Shot("atlas-layer", "layers/conv4/index.html#sort=classes:up", 1280, 800, dark=True),
-    Shot("atlas-map", "layers/conv5/35.html", 1280, 1000),
+    Shot("conv4", "layers/conv4.html#sort=classcount:up", 976, 640, above="#map-list"),
+    Shot("atlas-layer", "layers/conv4.html#sort=classcount:up", 1280, 800, dark=True),
+    Shot("atlas-map", "maps/conv5/35.html", 1280, 1000),
     Shot("atlas-image", "images/occlusion-1.html", 1280, 800, above="#explore"),
     Shot("occlusion", "images/occlusion-1.html", 760, 820, above="h1"),
 )

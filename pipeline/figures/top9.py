@@ -37,7 +37,8 @@ def _layer(source: Source, layer: str, rows: int, columns: int) -> Figure:
             sides[name].append(mosaic([*drawn, *[None] * (NINE - len(drawn))], 3))
     figure, axes = sheet(1, 2, width=1.1 * columns * 2 + 0.3, height=1.18 * -(-len(maps) // columns) + 0.3)
     for axis, (name, cells) in zip(axes[0], sides.items(), strict=True):
-        picture(axis, mosaic(cells, columns, _GAP), f"{layer}: {name}")
+        picture(axis, mosaic(cells, columns, _GAP))
+        axis.set_title(f"{layer}: {name}", pad=12)  # above the numbers of the first row
         step = cells[0].shape[0] + _GAP
         for place, number in enumerate(maps):
             axis.text(step * (place % columns), step * (place // columns) - 3, str(number), fontsize=5)
