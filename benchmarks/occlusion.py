@@ -4,8 +4,10 @@ python -m benchmarks.occlusion [--quick] [--device cuda] [--dtype bfloat16]
 
 captum shows the network whole occluded images, so many at a time as it is told (perturbations_per_eval); several are
 tried in both of torch's memory formats, and the best is taken. What it computes on the way, the target's probability
-at every position, is noted and compared with our map. The limit is what counted multiply-adds allow, fully connected
-layers included. The last line is one JSON object; its `ratio` is that of the 32 pixel square.
+at every position, is noted and compared with our map. Where captum is not installed (a machine with a GPU and plain
+torch), whole occluded images in a plain loop take its place, and the result says so. The limit is what counted
+multiply-adds allow, fully connected layers included. The last line is one JSON object; its `ratio` is that of the 32
+pixel square.
 """
 
 import argparse
@@ -45,12 +47,41 @@ def network(name: str, device: str, dtype: torch.dtype) -> nn.Module:
     return model.eval().to(device, dtype)
 
 
+try:
+    import captum
+    from captum.attr import Occlusion
+
+    PEER = f"captum {captum.__version__}"
+except ImportError:
+    PEER = "whole images in plain torch (captum is not installed)"
+
+
+def peer_probabilities(
+    model: nn.Module, clean: Tensor, filled: Tensor, grid: Grid, target: int, at_a_time: int
+) -> Tensor:
+    """The target's probability at every position, without anything that we know of the network."""
+    if PEER.startswith("captum"):
+        return captum_probabilities(model, clean, filled, grid, target, at_a_time)
+    side, positions = grid.occluder_px, [(r, c) for r in range(grid.rows) for c in range(grid.cols)]
+    seen = []
+    with torch.no_grad():
+        for start in range(0, len(positions), at_a_time):
+            some = positions[start : start + at_a_time]
+            batch = clean.repeat(len(some), 1, 1, 1)
+            for image, (row, col) in zip(batch, some, strict=True):
+                window = (
+                    slice(row * grid.stride_px, row * grid.stride_px + side),
+                    slice(col * grid.stride_px, col * grid.stride_px + side),
+                )
+                image[:, *window] = filled[:, *window]
+            seen.append(model(batch).float().softmax(1)[:, target])
+    return torch.cat(seen).view(grid.rows, grid.cols)
+
+
 def captum_probabilities(
     model: nn.Module, clean: Tensor, filled: Tensor, grid: Grid, target: int, at_a_time: int
 ) -> Tensor:
     """The target's probability at every position, as captum's Occlusion sees it."""
-    from captum.attr import Occlusion
-
     seen = []
 
     def forward(x: Tensor) -> Tensor:
@@ -79,13 +110,13 @@ def best_setting(model: nn.Module, clean: Tensor, filled: Tensor, options: argpa
     times = {}
     for memory_format in FORMATS:
         model.to(memory_format=memory_format)  # type: ignore[call-overload]
-        captum_probabilities(model, clean, filled, Grid(INPUT_PX, 112, 112), 0, 4)
+        peer_probabilities(model, clean, filled, Grid(INPUT_PX, 112, 112), 0, 4)
         for at_a_time in tried:
             start = time.perf_counter()
-            captum_probabilities(model, clean, filled, probe, 0, at_a_time).cpu()
+            peer_probabilities(model, clean, filled, probe, 0, at_a_time).cpu()
             times[memory_format, at_a_time] = (time.perf_counter() - start) / probe.rows / probe.cols
         each = ", ".join(f"{n}: {1e3 * times[memory_format, n]:.2f}" for n in tried)
-        print(f"  captum, {FORMATS[memory_format]}, ms a position by perturbations_per_eval: {each}", flush=True)
+        print(f"  {PEER}, {FORMATS[memory_format]}, ms a position by perturbations_per_eval: {each}", flush=True)
     memory_format, at_a_time = min(times, key=times.__getitem__)
     model.to(memory_format=memory_format)  # type: ignore[call-overload]
     return at_a_time
@@ -110,13 +141,14 @@ def compare(
         target, got = found.target, found.probability_map.cpu()
         times["ours"].append(time.perf_counter() - start)
         start = time.perf_counter()
-        reference = captum_probabilities(model, clean, filled, grid, target, at_a_time).cpu()
+        reference = peer_probabilities(model, clean, filled, grid, target, at_a_time).cpu()
         times["captum"].append(time.perf_counter() - start)
         error = max(error, float((got - reference).abs().max() / reference.abs().max()))
     captum, ours = (median(times[name]) for name in ("captum", "ours"))
     positions = grid.rows * grid.cols
     # captum's grid has one more position a side where the square hangs over; time is compared a position.
-    captum_positions = (-(-(INPUT_PX - grid.occluder_px) // grid.stride_px) + 1) ** 2
+    per_side = -(-(INPUT_PX - grid.occluder_px) // grid.stride_px) + 1
+    captum_positions = per_side**2 if PEER.startswith("captum") else positions
     row = {
         "square_px": grid.occluder_px,
         "stride_px": grid.stride_px,
