@@ -11,6 +11,7 @@ import yaml
 
 from docs.generate import commands
 from tests.conftest import ROOT
+from tests.jobs.parse import would_take
 
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
 _CODE = re.compile(r"```.*?```|`[^`\n]*`", re.DOTALL)
@@ -44,6 +45,16 @@ def test_every_job_that_a_page_names_exists():
     for page in PAGES:
         for job in set(re.findall(r"(?<!tests/)\bjobs/(\w+)\.py", page.read_text())):
             assert job == "NAME" or (ROOT / "jobs" / f"{job}.py").is_file(), f"{page.name}: jobs/{job}.py"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_the_jobs_would_take_every_command_of_a_page(page):
+    """Options and their values, of the lines in blocks of code, but for `...`, which a reader fills in, and `$(`."""
+    for block in re.findall(r"```[a-z]*\n(.*?)```", page.read_text(), re.DOTALL):
+        for command in re.findall(r"^(?:ray job.*-- )?(python jobs/.+)", block.replace("\\\n", " "), re.MULTILINE):
+            given = command.split("  #")[0].strip()
+            if "..." not in given and "$(" not in given:
+                would_take(given)
 
 
 def test_every_page_is_in_the_site_s_navigation_and_on_its_first_page():
