@@ -17,7 +17,7 @@ from pipeline.context import Options
 
 
 def main(options: Annotated[Options, command.FLAT], config: Annotated[Config, command.FLAT]) -> int:
-    """Write results/detection, detection_objects, detection_curves and detection_classes; print the mAP."""
+    """Write results/detection, and detection_objects, _windows, _curves and _classes; print the mAP."""
     status = sweep.run(ANALYSIS, options, config)
     if not options.plan:
         report(options)

@@ -35,9 +35,14 @@ class SchemaError(ValueError):
     """A table does not fit its schema: a fault of the analysis, never of the data."""
 
 
-def column(name: str, kind: pa.DataType, doc: str, *, nullable: bool = False) -> pa.Field:
-    """A documented column: one sentence with its unit."""
-    return pa.field(name, kind, nullable=nullable, metadata={"doc": doc})
+def column(name: str, kind: pa.DataType, doc: str) -> pa.Field:
+    """A documented column, never null: one sentence with its unit."""
+    return pa.field(name, kind, nullable=False, metadata={"doc": doc})
+
+
+def or_null(name: str, kind: pa.DataType, doc: str) -> pa.Field:
+    """A documented column whose values may be null."""
+    return column(name, kind, doc).with_nullable(True)
 
 
 def schema(table: str, *, row: str, file: str, key: tuple[str, ...], columns: list[pa.Field]) -> pa.Schema:
@@ -48,7 +53,7 @@ def schema(table: str, *, row: str, file: str, key: tuple[str, ...], columns: li
         row: what a row is.
         file: what has a file of its own: a layer, an epoch; empty where there is one file.
         key: the columns that name a row within a run.
-        columns: made with `column`, or the shared ones below.
+        columns: made with `column` or `or_null`, or the shared ones below.
     """
     about = {"table": table, "row": row, "file": file, "key": ", ".join(key)}
     return pa.schema(columns, metadata=about)
@@ -62,8 +67,8 @@ RANK = column("rank", pa.int32(), "Place among the images of this feature map, f
 ACTIVATION = column("activation", pa.float32(), "Activation of the cell, after ReLU where one follows.")
 KEY = column("key", pa.string(), "Name of the sample, unique in its split.")
 SHARD = column("shard", pa.string(), "File name of the shard that holds the sample.")
-LABEL = column("label", pa.int32(), "Class of the sample; null where it has none.", nullable=True)
-LABEL_NAME = column("label_name", pa.string(), "Name of the class; null where unknown.", nullable=True)
+LABEL = or_null("label", pa.int32(), "Class of the sample; null where it has none.")
+LABEL_NAME = or_null("label_name", pa.string(), "Name of the class; null where unknown.")
 ROW = column("row", pa.int32(), "Row of the cell in its feature map, from 0.")
 COL = column("col", pa.int32(), "Column of the cell in its feature map, from 0.")
 TOP = column("top", pa.int32(), "First row of the receptive field in input pixels; may leave the image.")

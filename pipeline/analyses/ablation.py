@@ -136,32 +136,25 @@ SCHEMA = tables.schema(
         tables.column("validation_data_id", pa.string(), "Identity of the validation images."),
         tables.column("table", pa.string(), "architecture (ZFNet Tab. 3), claim (of AlexNet), or other."),
         tables.column("change", pa.string(), "What is changed."),
-        tables.column("compared_with", pa.string(), "The variant without the change; null for these.", nullable=True),
+        tables.or_null("compared_with", pa.string(), "The variant without the change; null for these."),
         tables.column("architecture", pa.string(), "Network, by name."),
         tables.column("parameters", pa.int64(), "Weights and biases, for the classes of these images."),
         tables.column("epochs", pa.int32(), "Passes over the training images."),
         tables.column("train_top1_error", pa.float64(), "Share wrong in the last epoch, while training (dropout on)."),
         tables.column("top1_error", pa.float64(), "Share of the validation images, centre crop, that is wrong."),
         tables.column("top5_error", pa.float64(), "Share of them whose class is not among the five most probable."),
-        tables.column(
+        tables.or_null(
             "epochs_to_25",
             pa.int32(),
             "First epoch with a training error of at most 25 %, as in AlexNet Sec. 3.1; null where there is none.",
-            nullable=True,
         ),
         tables.column("seconds", pa.float64(), "Seconds of all epochs, validation included."),
-        tables.column(
-            "paper_train_top1_error", pa.float64(), "The paper's, where the images are ImageNet's.", nullable=True
-        ),
-        tables.column("paper_top1_error", pa.float64(), "The paper's, where the images are ImageNet's.", nullable=True),
-        tables.column("paper_top5_error", pa.float64(), "The paper's, where the images are ImageNet's.", nullable=True),
-        tables.column(
-            "paper_top1_cost", pa.float64(), "What the change adds to the top-1 error in the paper.", nullable=True
-        ),
-        tables.column(
-            "paper_top5_cost", pa.float64(), "What the change adds to the top-5 error in the paper.", nullable=True
-        ),
-        tables.column("paper_says", pa.string(), "What the paper says, where it gives no number.", nullable=True),
+        tables.or_null("paper_train_top1_error", pa.float64(), "The paper's, where the images are ImageNet's."),
+        tables.or_null("paper_top1_error", pa.float64(), "The paper's, where the images are ImageNet's."),
+        tables.or_null("paper_top5_error", pa.float64(), "The paper's, where the images are ImageNet's."),
+        tables.or_null("paper_top1_cost", pa.float64(), "What the change adds to the top-1 error in the paper."),
+        tables.or_null("paper_top5_cost", pa.float64(), "What the change adds to the top-5 error in the paper."),
+        tables.or_null("paper_says", pa.string(), "What the paper says, where it gives no number."),
     ],
 )
 

@@ -107,14 +107,6 @@ REPEAT = tables.column("repeat", pa.int32(), "Which of the random parts, from 0;
 UNITS = tables.column("units", pa.int64(), "Units of the layer: feature maps times cells.")
 
 
-def _count(name: str, doc: str) -> pa.Field:
-    return tables.column(name, pa.int64(), doc)
-
-
-def _share(name: str, doc: str, nullable: bool = False) -> pa.Field:
-    return tables.column(name, pa.float64(), doc, nullable=nullable)
-
-
 CORRESPONDENCE = tables.schema(
     "correspondence",
     row="a layer and a part of faces: how alike masking it changes all images",
@@ -125,19 +117,27 @@ CORRESPONDENCE = tables.schema(
         tables.DATA_ID,
         tables.LAYER,
         PART,
-        _count("images", "Images that were compared."),
-        _count("pairs", "Pairs of images, each once, and for random parts once a repeat."),
+        tables.column("images", pa.int64(), "Images that were compared."),
+        tables.column("pairs", pa.int64(), "Pairs of images, each once, and for random parts once a repeat."),
         UNITS,
-        _share("mean", "The paper's measure: share of units whose change has another sign, mean over the pairs."),
-        _share("std_pairs", "Standard deviation over the pairs (n - 1); null for one pair.", nullable=True),
-        _share("std_images", "The same over the images, each with the mean of its pairs.", nullable=True),
-        _share("mean_units", "Mean over the pairs of the number of such units."),
-        _share("delta", "The sum of that number over all ordered pairs, as the formula has it; the mean over repeats."),
-        _share("changed", "Share of units that a mask changes, mean over the images."),
-        _share(
+        tables.column(
+            "mean",
+            pa.float64(),
+            "The paper's measure: share of units whose change has another sign, mean over the pairs.",
+        ),
+        tables.or_null("std_pairs", pa.float64(), "Standard deviation over the pairs (n - 1); null for one pair."),
+        tables.or_null("std_images", pa.float64(), "The same over the images, each with the mean of its pairs."),
+        tables.column("mean_units", pa.float64(), "Mean over the pairs of the number of such units."),
+        tables.column(
+            "delta",
+            pa.float64(),
+            "The sum of that number over all ordered pairs, as the formula has it; the mean over repeats.",
+        ),
+        tables.column("changed", pa.float64(), "Share of units that a mask changes, mean over the images."),
+        tables.or_null(
             "mean_of_changed",
+            pa.float64(),
             "As mean, of the units that changed in at least one image of the pair; null if there is none.",
-            nullable=True,
         ),
         tables.column("mask_px", pa.int32(), "Side of the masks in input pixels."),
         tables.column("fill", pa.string(), "What the masks show."),
@@ -158,11 +158,13 @@ PAIRS = tables.schema(
         tables.KEY,
         tables.column("other_key", pa.string(), "Key of the other image; the earlier one in the shards comes first."),
         UNITS,
-        _count(
-            "differing", "Units whose change has another sign (-1, 0 or 1) in the other image: the Hamming distance."
+        tables.column(
+            "differing",
+            pa.int64(),
+            "Units whose change has another sign (-1, 0 or 1) in the other image: the Hamming distance.",
         ),
-        _share("share", "The same, divided by the units."),
-        _count("changed", "Units that changed in at least one of the two images."),
+        tables.column("share", pa.float64(), "The same, divided by the units."),
+        tables.column("changed", pa.int64(), "Units that changed in at least one of the two images."),
     ],
 )
 

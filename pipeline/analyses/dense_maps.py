@@ -88,9 +88,7 @@ SCHEMA = tables.schema(
         _in_original("step_height", "Distance of one row's windows from the next row's"),
         _in_original("step_width", "Distance of one column's windows from the next column's"),
         tables.column("window_px", pa.int32(), "Side of every window, in pixels of image_png."),
-        tables.column(
-            "image_png", pa.binary(), "PNG of the image at this scale, RGB; null where rank is not 1.", nullable=True
-        ),
+        tables.or_null("image_png", pa.binary(), "PNG of the image at this scale, RGB; null where rank is not 1."),
     ],
 )
 

@@ -1,9 +1,10 @@
 """Every object of every image: boxes with a class and a score, and how good they are (OverFeat section 5).
 
 A network with a background class looks at every window at every scale; the boxes of windows that are confident of a
-class are merged within it. Four tables: `detection`, a row for each box with what it is; `detection_objects`, a row for
-each true box with what became of it; `detection_curves`, precision and recall of each class; `detection_classes`, its
-average precision, and its boxes and objects by kind. Their mean is the mAP at an IoU of one half.
+class are merged within it. Five tables: `detection`, a row for each box with what it is; `detection_objects`, a row for
+each true box with what became of it; `detection_windows`, the windows that were sure of a box's class;
+`detection_curves`, precision and recall of each class; `detection_classes`, its average precision, and its boxes and
+objects by kind. Their mean is the mAP at an IoU of one half.
 """
 
 from __future__ import annotations
@@ -17,7 +18,20 @@ import pyarrow as pa
 
 from pipeline import tables
 from pipeline.analyses import looked
-from pipeline.analyses.looked import BOX, PART, SLICE, Batch, Looking, Row, box_columns, names_of
+from pipeline.analyses.looked import (
+    BOX,
+    CLASS,
+    HEAD,
+    PART,
+    SLICE,
+    WINDOW,
+    Batch,
+    Looking,
+    Row,
+    box_columns,
+    head,
+    names_of,
+)
 from pipeline.analysis import Analysis, Finished
 from pipeline.context import Context, Options
 from pipeline.progress import say
@@ -52,29 +66,21 @@ class Config(Looking):
         looked.require_confidence(self.least)
 
 
-_HEAD = [tables.MODEL_ID, tables.DATA_ID, tables.KEY, tables.SHARD]
-_CLASS = [tables.column("class", pa.int32(), "Class."), tables.column("class_name", pa.string(), "Its name.")]
-
-
-def _or_null(field: pa.Field) -> pa.Field:
-    return field.with_nullable(True)
-
-
 DETECTION = tables.schema(
     "detection",
     row="a box that was found in an image",
     file="",
     key=("key", "rank"),
     columns=[
-        *_HEAD,
+        *HEAD,
         tables.column("rank", pa.int32(), "Place among the image's boxes, from 1."),
-        *_CLASS,
+        *CLASS,
         tables.column("score", pa.float64(), "Sum of the confidences of the windows that the box was merged from."),
         *BOX,
         tables.column("windows", pa.int32(), "Windows that the box was merged from."),
         tables.column("outcome", pa.string(), "right, duplicate, poor_overlap, confused_class or background."),
         tables.column("iou", pa.float64(), "Largest IoU with an object of the class; 0 where there is none."),
-        _or_null(tables.column("object", pa.int32(), "The object that it finds: its number in detection_objects.")),
+        tables.or_null("object", pa.int32(), "The object that it finds: its number in detection_objects."),
     ],
 )
 
@@ -84,14 +90,23 @@ OBJECTS = tables.schema(
     file="",
     key=("key", "object"),
     columns=[
-        *_HEAD,
+        *HEAD,
         tables.column("object", pa.int32(), "Number of the object in its image, from 0."),
-        *_CLASS,
+        *CLASS,
         *BOX,
         tables.column("fate", pa.string(), "found, confused_class, poor_overlap or missed."),
         tables.column("refused", pa.int32(), "Boxes of the image that cannot be used: no area, or no known class."),
     ],
 )
+
+WINDOWS = tables.schema(
+    "detection_windows",
+    row="a window that was sure of the class of one of the image's boxes",
+    file="",
+    key=("key", "scale", "window_top", "window_left"),
+    columns=[*HEAD, *WINDOW],
+)
+"""Each window once, for the class of these that it is surest of."""
 
 CURVES = tables.schema(
     "detection_curves",
@@ -101,7 +116,7 @@ CURVES = tables.schema(
     columns=[
         tables.MODEL_ID,
         tables.DATA_ID,
-        *_CLASS,
+        *CLASS,
         tables.column("rank", pa.int32(), "Place among the class's boxes of all images, from 1."),
         tables.column("score", pa.float64(), "Score of that box."),
         tables.column("precision", pa.float64(), "Share of the boxes down to this one that are right."),
@@ -117,10 +132,10 @@ CLASSES = tables.schema(
     columns=[
         tables.MODEL_ID,
         tables.DATA_ID,
-        *_CLASS,
+        *CLASS,
         tables.column("objects", pa.int64(), "True boxes of the class."),
         tables.column("detections", pa.int64(), "Boxes of the class."),
-        _or_null(tables.column("average_precision", pa.float64(), "Area under its curve; null without objects.")),
+        tables.or_null("average_precision", pa.float64(), "Area under its curve; null without objects."),
         *(tables.column(name, pa.int64(), f"Boxes of the class that are {name}.") for name in get_args(Outcome)),
         *(tables.column(f"objects_{name}", pa.int64(), f"Objects that are {name}.") for name in get_args(Fate)),
     ],
@@ -154,7 +169,7 @@ def map_batch(context: Context, looker: Looker, batch: Batch) -> pa.Table:
         found = merged(seen, classes, config.least, config.threshold, config.average)
         return Found(*(getattr(found, name)[: config.most] for name in ("classes", "scores", "boxes", "windows")))
 
-    return looked.map_pictures(looker, batch, find, looked.no_windows)
+    return looked.map_pictures(looker, batch, find, lambda found: np.unique(found.classes), config.least)
 
 
 @dataclass(eq=False)
@@ -167,11 +182,14 @@ class _Class:
 
 
 def fold(context: Context, parts: list[Location], slices: list[str]) -> Iterator[Finished]:
-    """The four tables: what became of each box is judged first, and the boxes are streamed beside it."""
-    gathered, judged, objects = _gather(context, parts)
-    rows = zip(looked.rows(context, parts), judged, strict=True)
-    yield Finished("detection", SLICE, DETECTION, (_boxes(context, row, known) for row, known in rows))
-    yield Finished("detection_objects", SLICE, OBJECTS, iter(objects))
+    """The five tables. Images are read, and their boxes judged, anew for each: only classes are held in memory."""
+    boxes = (_boxes(context, row, _judge(row)) for row in looked.rows(context, parts))
+    yield Finished("detection", SLICE, DETECTION, boxes)
+    objects = (_objects(context, row, _judge(row)) for row in looked.rows(context, parts))
+    yield Finished("detection_objects", SLICE, OBJECTS, objects)
+    windows = (_windows(context, row) for row in looked.rows(context, parts, windows=True))
+    yield Finished("detection_windows", SLICE, WINDOWS, windows)
+    gathered = _gather(context, parts)
     curves = (_curve(context, class_, known) for class_, known in gathered.items())
     yield Finished("detection_curves", SLICE, CURVES, curves)
     found = [_class(context, class_, known) for class_, known in gathered.items()]
@@ -195,11 +213,10 @@ def _judge(row: Row) -> _Judged:
     return _Judged(matched, outcomes(*known), fates(*known))
 
 
-def _gather(context: Context, parts: list[Location]) -> tuple[dict[int, _Class], list[_Judged], list[pa.Table]]:
-    """By class, and in index order by image: what became of the boxes, and the rows of the objects."""
+def _gather(context: Context, parts: list[Location]) -> dict[int, _Class]:
+    """What became of the boxes and objects of each class but the background."""
     background = looked.background_of(context)
     found = {class_: _Class([], [], []) for class_ in range(len(context.model.classes)) if class_ != background}
-    judged, objects = [], []
     for row in looked.rows(context, parts):
         known = _judge(row)
         for class_, score, outcome in zip(row.found.classes, row.found.scores, known.outcomes, strict=True):
@@ -207,14 +224,7 @@ def _gather(context: Context, parts: list[Location]) -> tuple[dict[int, _Class],
             found[int(class_)].outcomes.append(outcome)
         for class_, fate in zip(row.object_classes, known.fates, strict=True):
             found[int(class_)].fates.append(fate)
-        judged.append(known)
-        objects.append(_objects(context, row, known))
-    return found, judged, objects
-
-
-def _head(context: Context, row: Row, count: int) -> dict[str, Any]:
-    head = {**context.identity, "key": row.key, "shard": row.shard}
-    return {column: [value] * count for column, value in head.items()}
+    return found
 
 
 def _boxes(context: Context, row: Row, judged: _Judged) -> pa.Table:
@@ -222,7 +232,7 @@ def _boxes(context: Context, row: Row, judged: _Judged) -> pa.Table:
     overlap = iou(found.boxes[:, None], row.object_boxes[None])
     own = np.where(found.classes[:, None] == row.object_classes[None], overlap, 0)
     columns = {
-        **_head(context, row, len(found.classes)),
+        **head(context, row, len(found.classes)),
         "rank": np.arange(len(found.classes)) + 1,
         "class": found.classes,
         "class_name": names_of(context, found.classes),
@@ -239,7 +249,7 @@ def _boxes(context: Context, row: Row, judged: _Judged) -> pa.Table:
 def _objects(context: Context, row: Row, judged: _Judged) -> pa.Table:
     count = len(row.object_classes)
     columns = {
-        **_head(context, row, count),
+        **head(context, row, count),
         "object": np.arange(count),
         "class": row.object_classes,
         "class_name": names_of(context, row.object_classes),
@@ -248,6 +258,11 @@ def _objects(context: Context, row: Row, judged: _Judged) -> pa.Table:
         "refused": [len(row.refused)] * count,
     }
     return tables.conform(columns, OBJECTS)
+
+
+def _windows(context: Context, row: Row) -> pa.Table:
+    columns = looked.windows_of(context, row)
+    return tables.conform({**head(context, row, len(columns["scale"])), **columns}, WINDOWS)
 
 
 def _in_order(known: _Class) -> tuple[Any, Any]:
@@ -305,7 +320,7 @@ def report(options: Options) -> None:
 
 ANALYSIS = Analysis(
     table="detection",
-    tables=("detection", "detection_objects", "detection_curves", "detection_classes"),
+    tables=("detection", "detection_objects", "detection_windows", "detection_curves", "detection_classes"),
     module=__name__,
     part_schema=part_schema,
     slices=slices,

@@ -70,8 +70,8 @@ _WITH_MODEL_IDS = tables.column(
 _VIEWS = [
     tables.column("views", pa.string(), "What the network was shown of an image: centre, ten, or overfeat's windows."),
     tables.column("scales", pa.list_(pa.int32()), "Scales of overfeat's windows, from 1; empty for other views."),
-    tables.column("stride", pa.string(), "Their distance: fine or coarse; null for other views.", nullable=True),
-    tables.column("maximum_of", pa.string(), "Their probabilities or scores; null for other views.", nullable=True),
+    tables.or_null("stride", pa.string(), "Their distance: fine or coarse; null for other views."),
+    tables.or_null("maximum_of", pa.string(), "Their probabilities or scores; null for other views."),
 ]
 _HOW = [tables.MODEL_ID, _WITH_MODEL_IDS, tables.DATA_ID, *_VIEWS]
 _IMAGES = tables.column("images", pa.int64(), "Images that were evaluated.")
@@ -125,8 +125,8 @@ CLASS_ERRORS = tables.schema(
         tables.column("images", pa.int64(), "Images of this class that were evaluated."),
         tables.column("top1_wrong", pa.int64(), "Those whose label is not the most probable class."),
         tables.column("top5_wrong", pa.int64(), "Those whose label is not among the five most probable classes."),
-        tables.column("top1_error", pa.float64(), "top1_wrong / images; null without images.", nullable=True),
-        tables.column("top5_error", pa.float64(), "top5_wrong / images; null without images.", nullable=True),
+        tables.or_null("top1_error", pa.float64(), "top1_wrong / images; null without images."),
+        tables.or_null("top5_error", pa.float64(), "top5_wrong / images; null without images."),
     ],
 )
 

@@ -71,12 +71,11 @@ class Config:
 
 
 _BEFORE = [
-    tables.column("previous_epoch", pa.int32(), "The epoch shown before this one; null for the first.", nullable=True),
-    tables.column(
+    tables.or_null("previous_epoch", pa.int32(), "The epoch shown before this one; null for the first."),
+    tables.or_null(
         "image_changed",
         pa.bool_(),
         "Whether the map's strongest image then was another one, or none; null for the first epoch.",
-        nullable=True,
     ),
 ]
 

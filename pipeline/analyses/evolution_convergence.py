@@ -52,26 +52,19 @@ SCHEMA = tables.schema(
         tables.column("reference_epoch", pa.int32(), "The epoch that it is compared with: the last one shown."),
         tables.LAYER,
         tables.FEATURE_MAP,
-        tables.column(
+        tables.or_null(
             "filter_cosine",
             pa.float64(),
             "Cosine of the map's weights, without the bias, and those of the reference epoch; null for what has none, "
             "or where either are all zero.",
-            nullable=True,
         ),
-        tables.column(
+        tables.or_null(
             "projection_cosine",
             pa.float64(),
             "Cosine of the map's strongest projection and that of the reference epoch, receptive field on receptive "
             "field; null where either has none.",
-            nullable=True,
         ),
-        tables.column(
-            "same_image",
-            pa.bool_(),
-            "Whether both are of one image; null where either has none.",
-            nullable=True,
-        ),
+        tables.or_null("same_image", pa.bool_(), "Whether both are of one image; null where either has none."),
     ],
 )
 

@@ -62,11 +62,10 @@ class Config:
 
 SPLIT = tables.column("split", pa.string(), "Split of the shards that holds the sample.")
 
-BOX_LABELS = tables.column(
+BOX_LABELS = tables.or_null(
     "box_labels",
     pa.list_(pa.string()),
     "Classes of the boxes in the sample's json, sorted, each once; null where it lists none.",
-    nullable=True,
 )
 
 SCHEMA = tables.schema(
@@ -84,8 +83,8 @@ SCHEMA = tables.schema(
         tables.LABEL,
         tables.LABEL_NAME,
         BOX_LABELS,
-        tables.column("scale", pa.int32(), "Scale of the image, 1 to 6; null for the centre crop.", nullable=True),
-        tables.column("stride", pa.string(), "fine or coarse; null for the centre crop.", nullable=True),
+        tables.or_null("scale", pa.int32(), "Scale of the image, 1 to 6; null for the centre crop."),
+        tables.or_null("stride", pa.string(), "fine or coarse; null for the centre crop."),
         tables.column("pool", pa.string(), "mean or max over each feature map, or flat: maps x rows x columns."),
         tables.column("maps", pa.int32(), "Feature maps of the layer."),
         tables.column("map_height", pa.int32(), "Rows of a feature map, before pooling."),

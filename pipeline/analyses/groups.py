@@ -76,9 +76,9 @@ SCHEMA = tables.schema(
     columns=[
         tables.MODEL_ID,
         tables.DATA_ID,
-        tables.column("class", pa.int32(), "Class among whose images the rank counts; null: all.", nullable=True),
+        tables.or_null("class", pa.int32(), "Class among whose images the rank counts; null: all."),
         tables.column("group", pa.string(), "top, bottom, or q and the quantile."),
-        tables.column("quantile", pa.float64(), "Of the group; null for top and bottom.", nullable=True),
+        tables.or_null("quantile", pa.float64(), "Of the group; null for top and bottom."),
         *tables.CELL,
     ],
 )

@@ -105,25 +105,18 @@ INVARIANCE = tables.schema(
         tables.column(
             "distance", pa.float64(), "Euclidean distance of the layer's features from those of the clean image."
         ),
-        tables.column(
+        tables.or_null(
             "relative_distance",
             pa.float64(),
             "The same, divided by the length of the clean image's feature vector; null where that is 0.",
-            nullable=True,
         ),
-        tables.column(
+        tables.or_null(
             "target_class",
             pa.int32(),
             "Class of probability: the label, or the clean class without one; null in a network without classes.",
-            nullable=True,
         ),
-        tables.column(
-            "probability",
-            pa.float32(),
-            "Probability of target_class; null in a network without classes.",
-            nullable=True,
-        ),
-        tables.column("clean_probability", pa.float32(), "The same of the clean image.", nullable=True),
+        tables.or_null("probability", pa.float32(), "Probability of target_class; null in a network without classes."),
+        tables.or_null("clean_probability", pa.float32(), "The same of the clean image."),
     ],
 )
 

@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 
 from pipeline import tables
 from pipeline.analyses import looked
-from pipeline.analyses.looked import BOX, PART, SLICE, Batch, Looking, Row, box_columns, names_of
+from pipeline.analyses.looked import BOX, CLASS, PART, SLICE, WINDOW, Batch, Looking, Row, box_columns, names_of
 from pipeline.analysis import Analysis, Finished
 from pipeline.context import Context, Options
 from pipeline.progress import say
@@ -46,16 +46,7 @@ class Config(Looking):
         looked.require_confidence(self.least)
 
 
-_HEAD = [tables.MODEL_ID, tables.DATA_ID, tables.KEY, tables.SHARD, tables.LABEL, tables.LABEL_NAME]
-_CLASS = [
-    tables.column("class", pa.int32(), "Class that is guessed."),
-    tables.column("class_name", pa.string(), "Its name."),
-]
-
-
-def _or_null(name: str, kind: pa.DataType, doc: str) -> pa.Field:
-    return tables.column(name, kind, doc, nullable=True)
-
+_HEAD = [*looked.HEAD, tables.LABEL, tables.LABEL_NAME]
 
 LOCALIZATION = tables.schema(
     "localization",
@@ -65,11 +56,11 @@ LOCALIZATION = tables.schema(
     columns=[
         *_HEAD,
         tables.column("rank", pa.int32(), "Place among the image's guesses, from 1."),
-        *_CLASS,
+        *CLASS,
         tables.column("score", pa.float64(), "Sum of the confidences of the windows that the box was merged from."),
         *BOX,
         tables.column("windows", pa.int32(), "Windows that the box was merged from."),
-        _or_null("iou", pa.float64(), "Largest IoU with an object of the class; null where the image has none."),
+        tables.or_null("iou", pa.float64(), "Largest IoU with an object of the class; null where the image has none."),
     ],
 )
 
@@ -82,11 +73,15 @@ IMAGES = tables.schema(
         *_HEAD,
         tables.column("objects", pa.int32(), "Usable boxes of the image's class."),
         tables.column("refused", pa.int32(), "Boxes that cannot be used: without an area, or of no known class."),
-        _or_null("outcome", pa.string(), "right, poor_overlap, confused_class or missed (no guess); null: no object."),
-        _or_null("right_rank", pa.int32(), "First guess that is right."),
+        tables.or_null(
+            "outcome", pa.string(), "right, poor_overlap, confused_class or missed (no guess); null: no object."
+        ),
+        tables.or_null("right_rank", pa.int32(), "First guess that is right."),
         *(field.with_nullable(True) for field in BOX),
-        _or_null("iou", pa.float64(), "Largest IoU of a guess of the image's class with an object of it."),
-        _or_null("centred_iou", pa.float64(), "Largest IoU of the centred box with an object of the image's class."),
+        tables.or_null("iou", pa.float64(), "Largest IoU of a guess of the image's class with an object of it."),
+        tables.or_null(
+            "centred_iou", pa.float64(), "Largest IoU of the centred box with an object of the image's class."
+        ),
     ],
 )
 """The box is the object's of the image's class: of several the one that a guess of the class comes nearest to.
@@ -100,14 +95,7 @@ WINDOWS = tables.schema(
     key=("key", "scale", "window_top", "window_left"),
     columns=[
         *_HEAD,
-        tables.column("scale", pa.int32(), "Scale of the image, 1 to 6."),
-        *_CLASS,
-        tables.column("confidence", pa.float64(), "Probability of the class in the window."),
-        tables.column("window_top", pa.float64(), "First row of the window in original pixels."),
-        tables.column("window_left", pa.float64(), "First column of the window."),
-        tables.column("window_height", pa.float64(), "Height of the window."),
-        tables.column("window_width", pa.float64(), "Width of the window."),
-        *BOX,
+        *WINDOW,
     ],
 )
 
@@ -127,7 +115,7 @@ def map_batch(context: Context, looker: Looker, batch: Batch) -> pa.Table:
         found = merged(seen, classes, config.least, config.threshold, config.average)
         return first_of_each_class(found, config.guesses)
 
-    return looked.map_pictures(looker, batch, find, looked.best_windows(config.least))
+    return looked.map_pictures(looker, batch, find, lambda found: found.classes[:1], config.least)
 
 
 def fold(context: Context, parts: list[Location], slices: list[str]) -> Iterator[Finished]:
@@ -136,17 +124,15 @@ def fold(context: Context, parts: list[Location], slices: list[str]) -> Iterator
     shares = [_shares(row) for row in looked.rows(context, parts)]
     size = np.concatenate([np.zeros((0, 2)), *shares])
     centred = size.mean(0) if len(size) else None
-    images = [_image(context, row, centred) for row in looked.rows(context, parts)]
-    table = tables.conform({name: [image[name] for image in images] for name in IMAGES.names}, IMAGES)
-    yield Finished("localization_images", SLICE, IMAGES, iter([table]))
-    windows = (_windows(context, row) for row in looked.rows(context, parts))
+    images = (_image(context, row, centred) for row in looked.rows(context, parts))
+    yield Finished("localization_images", SLICE, IMAGES, images)
+    windows = (_windows(context, row) for row in looked.rows(context, parts, windows=True))
     yield Finished("localization_windows", SLICE, WINDOWS, windows)
 
 
 def _head(context: Context, row: Row, count: int) -> dict[str, Any]:
     name = None if row.label is None else context.model.classes[row.label]
-    head = {**context.identity, "key": row.key, "shard": row.shard, "label": row.label, "label_name": name}
-    return {column: [value] * count for column, value in head.items()}
+    return {**looked.head(context, row, count), "label": [row.label] * count, "label_name": [name] * count}
 
 
 def _largest(boxes: Edges, truths: Edges) -> float | None:
@@ -183,7 +169,7 @@ def _shares(row: Row) -> Edges:
     return found
 
 
-def _image(context: Context, row: Row, centred: Edges | None) -> dict[str, Any]:
+def _image(context: Context, row: Row, centred: Edges | None) -> pa.Table:
     truths = _truths(row, row.label)
     own = np.flatnonzero(row.found.classes == (-1 if row.label is None else row.label))
     overlaps = [_largest(row.found.boxes[[place]], truths) or 0.0 for place in own] if len(truths) else []
@@ -197,8 +183,7 @@ def _image(context: Context, row: Row, centred: Edges | None) -> dict[str, Any]:
         middle = np.array([row.height, row.width]) / 2
         half = centred * (row.height, row.width) / 2
         box = np.concatenate([middle - half, middle + half])[None]
-    return {
-        **{name: values[0] for name, values in _head(context, row, 1).items()},
+    columns = {
         "objects": len(truths),
         "refused": len(row.refused),
         "outcome": outcome,
@@ -207,6 +192,7 @@ def _image(context: Context, row: Row, centred: Edges | None) -> dict[str, Any]:
         "iou": max(overlaps, default=None),
         "centred_iou": None if box is None else _largest(box, truths),
     }
+    return tables.conform({**_head(context, row, 1), **{name: [value] for name, value in columns.items()}}, IMAGES)
 
 
 def _nearest(truths: Edges, boxes: Edges) -> dict[str, Any]:
@@ -218,18 +204,8 @@ def _nearest(truths: Edges, boxes: Edges) -> dict[str, Any]:
 
 
 def _windows(context: Context, row: Row) -> pa.Table:
-    windows, count = row.windows, len(row.windows["window_scales"])
-    edges, boxes = (np.array(windows[f"window_{name}"], np.float64).reshape(-1, 4) for name in ("edges", "boxes"))
-    columns = {
-        **_head(context, row, count),
-        "scale": windows["window_scales"],
-        "class": windows["window_classes"],
-        "class_name": names_of(context, windows["window_classes"]),
-        "confidence": windows["window_confidences"],
-        **box_columns(edges, "window"),
-        **box_columns(boxes),
-    }
-    return tables.conform(columns, WINDOWS)
+    columns = looked.windows_of(context, row)
+    return tables.conform({**_head(context, row, len(columns["scale"])), **columns}, WINDOWS)
 
 
 def report(options: Options) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,7 @@ from pipeline.shards import Sample, Skipped
 from pipeline.storage import Location
 from zfnet import images
 from zfnet.dense import Stride, require_scales
-from zfnet.localization import Found, Looker, Seen, View
+from zfnet.localization import Found, Ints, Looker, Seen, View
 from zfnet.merging import Average, Edges
 
 SLICE = "images"
@@ -56,6 +56,26 @@ def require_confidence(least: float) -> None:
     if not 0 <= least < 1:
         raise RunError(f"--least is {least}: give a confidence from 0 to 1")
 
+
+HEAD = [tables.MODEL_ID, tables.DATA_ID, tables.KEY, tables.SHARD]
+CLASS = [tables.column("class", pa.int32(), "Class."), tables.column("class_name", pa.string(), "Its name.")]
+BOX = [
+    tables.column("box_top", pa.float64(), "First row of the box in original pixels."),
+    tables.column("box_left", pa.float64(), "First column of the box."),
+    tables.column("box_height", pa.float64(), "Height of the box."),
+    tables.column("box_width", pa.float64(), "Width of the box."),
+]
+WINDOW = [
+    tables.column("scale", pa.int32(), "Scale of the image, 1 to 6."),
+    *CLASS,
+    tables.column("confidence", pa.float64(), "Probability of the class in the window."),
+    tables.column("window_top", pa.float64(), "First row of the window in original pixels."),
+    tables.column("window_left", pa.float64(), "First column of the window."),
+    tables.column("window_height", pa.float64(), "Height of the window."),
+    tables.column("window_width", pa.float64(), "Width of the window."),
+    *BOX,
+]
+"""A window, and the box that it predicts."""
 
 _FLOATS, _INTS = pa.list_(pa.float64()), pa.list_(pa.int32())
 
@@ -144,12 +164,15 @@ def background_of(context: Context) -> int | None:
     return classes.index(BACKGROUND) if BACKGROUND in classes else None
 
 
-def map_pictures(looker: Looker, batch: Batch, find: Callable[[list[Seen]], Found], kept: KeptWindows) -> pa.Table:
+def map_pictures(
+    looker: Looker, batch: Batch, find: Callable[[list[Seen]], Found], classes: Callable[[Found], Ints], least: float
+) -> pa.Table:
     """The part's rows of a batch.
 
     Args:
         find: what is said by the windows of an image -> its final boxes.
-        kept: which windows are told of.
+        classes: final boxes -> the classes of which windows are told.
+        least: confidence of such a window.
     """
     rows = []
     for picture in batch.pictures:
@@ -169,39 +192,29 @@ def map_pictures(looker: Looker, batch: Batch, find: Callable[[list[Seen]], Foun
             "scores": found.scores,
             "boxes": found.boxes.ravel(),
             "merged": found.windows,
-            **kept(seen, found),
+            **sure_windows(seen, classes(found), least),
         }
         rows.append(row)
     return tables.conform({name: [row[name] for row in rows] for name in PART.names}, PART)
 
 
-KeptWindows = Callable[[list[Seen], Found], dict[str, Any]]
 _COLUMNS = ("window_scales", "window_classes", "window_confidences", "window_edges", "window_boxes")
 
 
-def no_windows(seen: list[Seen], found: Found) -> dict[str, Any]:
-    """None is told of."""
-    return {name: [] for name in _COLUMNS}
-
-
-def best_windows(least: float) -> KeptWindows:
-    """Those that are at least so confident of the class of the best box."""
-
-    def kept(seen: list[Seen], found: Found) -> dict[str, Any]:
-        if not len(found.classes):
-            return no_windows(seen, found)
-        class_ = int(found.classes[0])
-        picked = [(s, s.confidences[:, class_] >= least) for s in seen]
-        count = [int(some.sum()) for _, some in picked]
-        return {
-            "window_scales": np.repeat([s.scale for s in seen], count),
-            "window_classes": np.full(sum(count), class_),
-            "window_confidences": np.concatenate([s.confidences[some, class_] for s, some in picked]),
-            "window_edges": np.concatenate([s.windows[some] for s, some in picked]).ravel(),
-            "window_boxes": np.concatenate([s.of(class_)[some] for s, some in picked]).ravel(),
-        }
-
-    return kept
+def sure_windows(seen: Sequence[Seen], classes: Ints, least: float) -> dict[str, Any]:
+    """The columns of the windows that are at least so confident of one of the classes: each once, for the class of
+    these that it is surest of."""
+    told: list[tuple[Any, ...]] = []
+    for one in seen if len(classes) else ():
+        confidences = one.confidences[:, classes]
+        windows = np.flatnonzero(confidences.max(1) >= least)
+        surest = confidences[windows].argmax(1)
+        boxes = one.boxes[windows] if one.boxes.ndim == 2 else one.boxes[windows, classes[surest]]
+        scales = np.full(len(windows), one.scale)
+        told.append((scales, classes[surest], confidences[windows, surest], one.windows[windows], boxes))
+    if not told:
+        return {name: [] for name in _COLUMNS}
+    return {name: np.concatenate(some).ravel() for name, some in zip(_COLUMNS, zip(*told, strict=True), strict=True)}
 
 
 def reduce_part(context: Context, results: list[pa.Table]) -> pa.Table:
@@ -223,13 +236,15 @@ class Row:
     refused: list[str]
     found: Found
     windows: dict[str, Any]
+    """The columns of its windows, where they were asked for."""
 
 
-def rows(context: Context, parts: list[Location]) -> Iterator[Row]:
+def rows(context: Context, parts: list[Location], windows: bool = False) -> Iterator[Row]:
     """The images of all parts, in index order. A label is the place of its name among the network's classes."""
     known, names = context.model.classes, context.index.classes
+    columns = [name for name in PART.names if windows or name not in _COLUMNS]
     for part in parts:
-        for row in tables.read(part).to_pylist():
+        for row in tables.read(part, columns).to_pylist():
             name = names[row["label"]] if row["label"] is not None and row["label"] < len(names) else None
             found = Found(
                 np.array(row["classes"], np.int64),
@@ -247,7 +262,7 @@ def rows(context: Context, parts: list[Location]) -> Iterator[Row]:
                 _edges(row["object_boxes"]),
                 row["refused"],
                 found,
-                {name: row[name] for name in _COLUMNS},
+                {name: row[name] for name in _COLUMNS if windows},
             )
 
 
@@ -255,18 +270,29 @@ def _edges(flat: list[float]) -> Edges:
     return np.array(flat, np.float64).reshape(-1, 4)
 
 
-BOX = [
-    tables.column("box_top", pa.float64(), "First row of the box in original pixels."),
-    tables.column("box_left", pa.float64(), "First column of the box."),
-    tables.column("box_height", pa.float64(), "Height of the box."),
-    tables.column("box_width", pa.float64(), "Width of the box."),
-]
+def head(context: Context, row: Row, count: int) -> dict[str, Any]:
+    """The columns HEAD of so many rows."""
+    columns = {**context.identity, "key": row.key, "shard": row.shard}
+    return {column: [value] * count for column, value in columns.items()}
 
 
 def box_columns(edges: Edges, prefix: str = "box") -> dict[str, Any]:
     """The columns of boxes [N, 4]."""
     sides = (edges[:, 0], edges[:, 1], edges[:, 2] - edges[:, 0], edges[:, 3] - edges[:, 1])
     return {f"{prefix}_{name}": side for name, side in zip(("top", "left", "height", "width"), sides, strict=True)}
+
+
+def windows_of(context: Context, row: Row) -> dict[str, Any]:
+    """The columns WINDOW of an image's windows."""
+    windows = row.windows
+    return {
+        "scale": windows["window_scales"],
+        "class": windows["window_classes"],
+        "class_name": names_of(context, windows["window_classes"]),
+        "confidence": windows["window_confidences"],
+        **box_columns(_edges(windows["window_edges"]), "window"),
+        **box_columns(_edges(windows["window_boxes"])),
+    }
 
 
 def names_of(context: Context, classes: Any) -> list[str]:

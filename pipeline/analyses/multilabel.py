@@ -60,12 +60,7 @@ SCHEMA = tables.schema(
         tables.column("data_id", pa.string(), "Identity of the images: those of all splits, joined by '+'."),
         tables.LAYER,
         tables.column("label_name", pa.string(), "The class: one that an image to train on has."),
-        tables.column(
-            "average_precision",
-            pa.float64(),
-            "Area under precision over recall; null without a positive.",
-            nullable=True,
-        ),
+        tables.or_null("average_precision", pa.float64(), "Area under precision over recall; null without a positive."),
         tables.column("train_positives", pa.int32(), "Images with the class, of those trained on."),
         tables.column("test_positives", pa.int32(), "Images with the class, of those tested."),
         tables.column("train_images", pa.int32(), "Images that were trained on."),

@@ -69,10 +69,6 @@ class Config:
             raise RunError(f"--grey is {self.grey}: give a grey from 0 to 255")
 
 
-def _or_null(name: str, kind: pa.DataType, doc: str) -> pa.Field:
-    return tables.column(name, kind, doc, nullable=True)
-
-
 SCHEMA = tables.schema(
     "object_occlusion",
     row="an image: what hiding its known object costs, against as much elsewhere",
@@ -88,17 +84,19 @@ SCHEMA = tables.schema(
         tables.column("target_class", pa.int32(), "Class whose probability is followed: the label, else clean_class."),
         tables.column("clean_class", pa.int32(), "Most probable class of the image as it is."),
         tables.column("clean_probability", pa.float64(), "Probability of target_class for the image as it is."),
-        _or_null("object_top", pa.int32(), "First row of the object's box in input pixels; null where there is none."),
-        _or_null("object_left", pa.int32(), "First column of the object's box."),
-        _or_null("object_height", pa.int32(), "Height of the object's box."),
-        _or_null("object_width", pa.int32(), "Width of the object's box."),
-        _or_null("object_share", pa.float64(), "Share of the input that the box covers."),
-        _or_null("hidden_share", pa.float64(), "Share of the box that is hidden, about its middle."),
-        _or_null("object_probability", pa.float64(), "Probability of target_class with that hidden."),
-        _or_null("object_drop", pa.float64(), "clean_probability - object_probability."),
+        tables.or_null(
+            "object_top", pa.int32(), "First row of the object's box in input pixels; null where there is none."
+        ),
+        tables.or_null("object_left", pa.int32(), "First column of the object's box."),
+        tables.or_null("object_height", pa.int32(), "Height of the object's box."),
+        tables.or_null("object_width", pa.int32(), "Width of the object's box."),
+        tables.or_null("object_share", pa.float64(), "Share of the input that the box covers."),
+        tables.or_null("hidden_share", pa.float64(), "Share of the box that is hidden, about its middle."),
+        tables.or_null("object_probability", pa.float64(), "Probability of target_class with that hidden."),
+        tables.or_null("object_drop", pa.float64(), "clean_probability - object_probability."),
         tables.column("places", pa.int32(), "Places elsewhere of as many pixels that were hidden in turn."),
-        _or_null("elsewhere_probability", pa.float64(), "Mean probability of target_class with a place hidden."),
-        _or_null("elsewhere_drop", pa.float64(), "clean_probability - elsewhere_probability; null at 0 places."),
+        tables.or_null("elsewhere_probability", pa.float64(), "Mean probability of target_class with a place hidden."),
+        tables.or_null("elsewhere_drop", pa.float64(), "clean_probability - elsewhere_probability; null at 0 places."),
         tables.LAYER,
         tables.FEATURE_MAP,
         tables.column("activity", pa.float64(), "Sum of the strongest map's activations for the image as it is."),
@@ -106,8 +104,8 @@ SCHEMA = tables.schema(
         tables.column("square_px", pa.int32(), "Side of the squares that hide parts of the support, in input pixels."),
         tables.column("inside", pa.int32(), "Squares with their middle in the support."),
         tables.column("outside", pa.int32(), "Squares with their middle beside it."),
-        _or_null("inside_drop", pa.float64(), "Mean share of the activity that is lost to a square inside."),
-        _or_null("outside_drop", pa.float64(), "The same of a square outside."),
+        tables.or_null("inside_drop", pa.float64(), "Mean share of the activity that is lost to a square inside."),
+        tables.or_null("outside_drop", pa.float64(), "The same of a square outside."),
     ],
 )
 

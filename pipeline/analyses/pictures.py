@@ -68,9 +68,7 @@ PICTURES = tables.schema(
         tables.LABEL_NAME,
         tables.column("picture_jpeg", pa.binary(), "JPEG of the network's input or of the whole image, RGB, small."),
         tables.column("picture_px", pa.int32(), "Longer side of the picture in pixels."),
-        tables.column(
-            "input_px", pa.int32(), "Side of the network's input; null: this is the whole image.", nullable=True
-        ),
+        tables.or_null("input_px", pa.int32(), "Side of the network's input; null: this is the whole image."),
         tables.column("box_top", pa.float32(), "First row of the picture in the original image's pixels."),
         tables.column("box_left", pa.float32(), "First column of the picture in the original image's pixels."),
         tables.column("box_height", pa.float32(), "Height of the picture in the original image's pixels."),

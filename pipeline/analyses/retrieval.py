@@ -64,11 +64,9 @@ SCHEMA = tables.schema(
         tables.column("neighbour_split", pa.string(), "Split of the neighbour."),
         tables.column("neighbour_key", pa.string(), "Key of the neighbour."),
         tables.column("neighbour_shard", pa.string(), "File name of the shard that holds the neighbour."),
-        tables.column("neighbour_label", pa.int32(), "Class of the neighbour; null where it has none.", nullable=True),
-        tables.column("neighbour_label_name", pa.string(), "Name of that class; null where unknown.", nullable=True),
-        tables.column(
-            "same_class", pa.bool_(), "Whether both have the same class; null where one has none.", nullable=True
-        ),
+        tables.or_null("neighbour_label", pa.int32(), "Class of the neighbour; null where it has none."),
+        tables.or_null("neighbour_label_name", pa.string(), "Name of that class; null where unknown."),
+        tables.or_null("same_class", pa.bool_(), "Whether both have the same class; null where one has none."),
     ],
 )
 

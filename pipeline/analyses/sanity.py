@@ -89,16 +89,15 @@ SCHEMA = tables.schema(
         *tables.CELL,
         tables.column("inside", pa.bool_(), "Whether the whole receptive field lies in the image."),
         tables.column("stage", pa.int32(), "How many of the layers that the cell depends on are random, from the top."),
-        tables.column("randomised", pa.string(), "The last of them; null at stage 0.", nullable=True),
-        tables.column(
+        tables.or_null("randomised", pa.string(), "The last of them; null at stage 0."),
+        tables.or_null(
             "spearman_absolute",
             pa.float64(),
             "Rank correlation of the projection's absolute values with stage 0; null where one of both is constant.",
-            nullable=True,
         ),
-        tables.column("spearman_signed", pa.float64(), "The same of its values as they are.", nullable=True),
-        tables.column("again", pa.float32(), "Stage 0: the activation of the patch alone.", nullable=True),
-        tables.column("relative_error", pa.float64(), "Stage 0: |again - activation| / activation.", nullable=True),
+        tables.or_null("spearman_signed", pa.float64(), "The same of its values as they are."),
+        tables.or_null("again", pa.float32(), "Stage 0: the activation of the patch alone."),
+        tables.or_null("relative_error", pa.float64(), "Stage 0: |again - activation| / activation."),
     ],
 )
 

@@ -82,7 +82,7 @@ SCHEMA = tables.schema(
         ),
         tables.column("images_per_class", pa.int32(), "Images of each class that it was trained on."),
         tables.column("accuracy", pa.float64(), "Mean over folds and classes of the share predicted right, 0 to 1."),
-        tables.column("spread", pa.float64(), "Standard deviation over folds (n - 1); null for one.", nullable=True),
+        tables.or_null("spread", pa.float64(), "Standard deviation over folds (n - 1); null for one."),
         tables.column("fold_accuracy", _DOUBLES, "Of each fold: mean over classes of the share predicted right."),
         tables.column("class_labels", pa.list_(pa.int32()), "The classes, ascending."),
         tables.column("class_accuracy", _DOUBLES, "Of each of these classes: mean over folds of the share right."),

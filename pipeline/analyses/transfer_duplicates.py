@@ -65,7 +65,7 @@ SCHEMA = tables.schema(
         tables.column("other_data_id", pa.string(), "Identity of the images that the other one is of."),
         tables.column("other_split", pa.string(), "Split of the other image."),
         tables.column("other_key", pa.string(), "Key of the other image: of several the most alike."),
-        tables.column("other_label_name", pa.string(), "Name of its class; null where unknown.", nullable=True),
+        tables.or_null("other_label_name", pa.string(), "Name of its class; null where unknown."),
     ],
 )
 

@@ -59,10 +59,6 @@ class Config:
             raise RunError(f"--dominance is {self.dominance}: give a number above 0")
 
 
-def _share(name: str, doc: str) -> pa.Field:
-    return tables.column(name, pa.float64(), doc, nullable=True)
-
-
 SCHEMA = tables.schema(
     "units",
     row="a feature map: its faults, its filter and its classes",
@@ -78,19 +74,33 @@ SCHEMA = tables.schema(
         tables.column("dead", pa.bool_(), "Whether no image has any activation above zero."),
         tables.column("nearly_dead", pa.bool_(), "Whether it is not dead, and active in few images (--nearly-dead)."),
         tables.column("rms", pa.float64(), "Root mean square of the filter's weights."),
-        _share("rms_ratio", "rms over the layer's median; null where that is zero."),
+        tables.or_null("rms_ratio", pa.float64(), "rms over the layer's median; null where that is zero."),
         tables.column("dominant", pa.bool_(), "Whether rms_ratio is above --dominance."),
-        tables.column(
-            "nearest_map", pa.int32(), "The map whose filter has the largest cosine; null if none.", nullable=True
-        ),
-        _share("nearest_cosine", "That cosine; null for a filter of zeros."),
+        tables.or_null("nearest_map", pa.int32(), "The map whose filter has the largest cosine; null if none."),
+        tables.or_null("nearest_cosine", pa.float64(), "That cosine; null for a filter of zeros."),
         tables.column("filter_duplicate", pa.bool_(), "Whether nearest_cosine is at least --filter-cosine."),
         tables.column("response_duplicates", pa.int32(), "Maps that answer as it does, by the table of duplicates."),
-        _share("low_share", "Share of the filter's energy at very low frequencies; null above the first layer."),
-        _share("high_share", "Share of the filter's energy at very high frequencies; null above the first layer."),
-        _share("aliased_share", "Share of what it is made of that the first stride aliases; null above the second."),
+        tables.or_null(
+            "low_share",
+            pa.float64(),
+            "Share of the filter's energy at very low frequencies; null above the first layer.",
+        ),
+        tables.or_null(
+            "high_share",
+            pa.float64(),
+            "Share of the filter's energy at very high frequencies; null above the first layer.",
+        ),
+        tables.or_null(
+            "aliased_share",
+            pa.float64(),
+            "Share of what it is made of that the first stride aliases; null above the second.",
+        ),
         tables.column("labelled", pa.int32(), "Entries of its top-9 that have a class."),
-        _share("class_entropy", "Entropy of the classes of its top-9: 0 one class, 1 spread evenly; null below 2."),
+        tables.or_null(
+            "class_entropy",
+            pa.float64(),
+            "Entropy of the classes of its top-9: 0 one class, 1 spread evenly; null below 2.",
+        ),
     ],
 )
 
@@ -154,12 +164,12 @@ def _of_filters(context: Context, layer: str) -> dict[str, Any]:
     frequencies = _frequencies(context, layer, module)
     return {
         "rms": rms,
-        "rms_ratio": _or_null(ratio),
+        "rms_ratio": _null_if_not_finite(ratio),
         "dominant": ratio > config.dominance,
         "nearest_map": pa.array(cosine.indices.numpy(), pa.int32(), mask=~some),
-        "nearest_cosine": _or_null(nearest),
+        "nearest_cosine": _null_if_not_finite(nearest),
         "filter_duplicate": some & (nearest >= config.filter_cosine),
-        **{name: _or_null(values) for name, values in frequencies.items()},
+        **{name: _null_if_not_finite(values) for name, values in frequencies.items()},
     }
 
 
@@ -179,7 +189,7 @@ def _frequencies(context: Context, layer: str, module: nn.Conv2d | nn.Linear) ->
     return {"low_share": low, "high_share": high, "aliased_share": aliased}
 
 
-def _or_null(values: npt.NDArray[np.float64]) -> pa.Array:
+def _null_if_not_finite(values: npt.NDArray[np.float64]) -> pa.Array:
     return pa.array(values, pa.float64(), mask=~np.isfinite(values))
 
 

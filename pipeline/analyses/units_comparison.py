@@ -59,8 +59,8 @@ SCHEMA = tables.schema(
         tables.column("maps", pa.int32(), "Feature maps of the layer."),
         tables.column("other_maps", pa.int32(), "Feature maps of the other layer."),
         tables.column("measure", pa.string(), f"One of {', '.join(MEASURES)}: means over maps of the table units."),
-        tables.column("value", pa.float64(), "Share from 0 to 1; null where no map has it.", nullable=True),
-        tables.column("other_value", pa.float64(), "The same of the other network.", nullable=True),
+        tables.or_null("value", pa.float64(), "Share from 0 to 1; null where no map has it."),
+        tables.or_null("other_value", pa.float64(), "The same of the other network."),
     ],
 )
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, get_args
 
 import pyarrow as pa
@@ -62,6 +62,21 @@ class BoxesOf:
     """Whether they are drawn before they are asked for."""
 
 
+def _windows(analysis: str) -> tuple[BoxesOf, BoxesOf]:
+    """The surest windows of an analysis, and the box that each predicts; drawn when they are asked for."""
+    window = BoxesOf(
+        table=f"{analysis}_windows",
+        together=analysis,
+        name="window",
+        style=8,
+        sides=_place("window"),
+        caption=("class_name", "confidence", "scale"),
+        strength="confidence",
+        shown=False,
+    )
+    return window, replace(window, name="a window’s own box", style=9, sides=_place("box"))
+
+
 BOXES = (
     BoxesOf(
         table="object_occlusion",
@@ -72,25 +87,7 @@ BOXES = (
         original=False,
         caption=("object_drop", "elsewhere_drop"),
     ),
-    BoxesOf(
-        table="localization_windows",
-        together="localization",
-        name="window",
-        style=8,
-        sides=_place("window"),
-        caption=("class_name", "confidence", "scale"),
-        strength="confidence",
-        shown=False,
-    ),
-    BoxesOf(
-        table="localization_windows",
-        together="localization",
-        name="a window’s own box",
-        style=9,
-        caption=("class_name", "confidence", "scale"),
-        strength="confidence",
-        shown=False,
-    ),
+    *_windows("localization"),
     BoxesOf(
         table="localization_images",
         together="localization",
@@ -107,6 +104,7 @@ BOXES = (
         caption=("rank", "class_name", "score"),
         strength="score",
     ),
+    *_windows("detection"),
     BoxesOf(
         table="detection_objects",
         together="detection",

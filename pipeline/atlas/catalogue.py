@@ -36,6 +36,7 @@ ABOUT = {
     "localization_windows": "The windows behind each image's best guess.",
     "detection": "Boxes that were found in each image, and what they are.",
     "detection_objects": "The true boxes of each image, and what became of them.",
+    "detection_windows": "The windows behind each image's boxes.",
     "detection_curves": "Precision and recall of each class.",
     "detection_classes": "Average precision of each class, and its boxes and objects by kind.",
     "invariance": "Features and probability of images that are moved, enlarged and turned.",

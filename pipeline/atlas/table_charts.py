@@ -189,6 +189,7 @@ CHARTS: dict[str, tuple[Natural, ...]] = {
     "localization_windows": (Spread(title="Windows by confidence", value="confidence", by="scale"),),
     "detection": (Spread(title="Boxes by IoU with an object of their class", value="iou", by="outcome"),),
     "detection_objects": (Shares(title="What became of the objects", value="fate", by="class_name"),),
+    "detection_windows": (Spread(title="Windows by confidence", value="confidence", by="scale"),),
     "detection_curves": (
         Curves(title="Precision and recall", x="recall", y="precision", by=("class_name",), percent=True),
     ),

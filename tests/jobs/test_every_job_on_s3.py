@@ -119,7 +119,7 @@ CALLS = {
     "detect": Call(
         "detect",
         ("--run", "{at}/boxed", *SCENES, *BOXES),
-        ("boxed/detection", "boxed/detection_objects", "boxed/detection_curves", "boxed/detection_classes"),
+        tuple(f"boxed/detection{of}" for of in ("", "_objects", "_windows", "_curves", "_classes")),
     ),
     "dense_maps": Call(
         "dense_maps", ("--run", OVERFEAT, *PHOTOS, "--split", "train", *SMALL), ("overfeat/dense_maps",)

@@ -101,7 +101,7 @@ SWEEPS = {
         ),
         Sweep(
             "detect",
-            ("detection", "detection_objects", "detection_curves", "detection_classes"),
+            ("detection", "detection_objects", "detection_windows", "detection_curves", "detection_classes"),
             ("--part-size", 4, "--scales", 1, 2),
             "detection_objects",
             network="boxes",

@@ -272,6 +272,13 @@ def write_boxes(run: Run, keys: list[str], data_id: str = IDENTITY["data_id"]) -
     found = place | {"key": keys[:1] * 2, "outcome": ["right", "confused_class"], "score": [4.0, 1.0]}
     rows = filled(detection.DETECTION, 2, **found)
     finish(run, "detection", "images", tables.conform(rows, detection.DETECTION), data_id=data_id)
+    window = {
+        f"window_{side}": [value]
+        for side, value in zip(("top", "left", "height", "width"), (8, 16, 64, 64), strict=True)
+    }
+    window |= {name: values[:1] for name, values in place.items()} | {"key": keys[:1], "confidence": [0.75]}
+    rows = filled(detection.WINDOWS, 1, **window)
+    finish(run, "detection_windows", "images", tables.conform(rows, detection.WINDOWS), data_id=data_id)
 
 
 def write_whole(run: Run, keys: list[str], height: int, width: int) -> None:

@@ -92,6 +92,7 @@ SCHEMAS = {
     "localization_windows": localization.WINDOWS,
     "detection": detection.DETECTION,
     "detection_objects": detection.OBJECTS,
+    "detection_windows": detection.WINDOWS,
     "detection_curves": detection.CURVES,
     "detection_classes": detection.CLASSES,
     "dense_maps": dense_maps.SCHEMA,
@@ -393,13 +394,15 @@ def test_boxes_of_one_analysis_are_drawn_together_in_the_images_own_pixels(tmp_p
     assert "--of detection --whole --name detection" in text
     write_whole(run, ["whole", "plain"], 80, 160)
     finish(run, "pictures-elsewhere", "images", picture_rows("images", ["whole"]), data_id="other images")
-    for page in ("detection", "detection_objects"):
+    for page in ("detection", "detection_objects", "detection_windows"):
         source = (built(run).parent / "tables" / f"{page}.html").read_text()
         assert source.count('viewBox="0.0 0.0 160.0 80.0"') == 2
         assert source.count('class="box box-1" x="30.0" y="10.0" width="40.0" height="20.0"') == 2  # the objects
         assert source.count('class="box box-2" x="30.0" y="10.0" width="40.0" height="20.0"') == 1  # what is right
         assert source.count('class="box box-5" x="40.0" y="20.0" width="4.0" height="4.0"') == 1  # a confused class
         assert '<g class="kind-5" opacity="0.50">' in source  # a quarter of the other's score
+        assert source.count('class="box box-8" x="16.0" y="8.0" width="64.0" height="64.0"') == 1  # a window
+        assert source.count('class="box box-9" x="30.0" y="10.0" width="40.0" height="20.0"') == 1  # and its own box
         assert 'data-fate="missed"' in source
         assert HOSTILE in read(run_index(run), f"tables/{page}.html").text
 

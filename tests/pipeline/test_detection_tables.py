@@ -13,15 +13,16 @@ from pipeline.box_loop import BACKGROUND
 from pipeline.cluster import Workers
 from pipeline.context import Options
 from pipeline.errors import SweepFailed
-from pipeline.runs import RunError
+from pipeline.runs import Run, RunError
 from pipeline.sources.rendered import CLASSES
 from tests.pipeline.boxed import SOURCE, drawn, save_network, scenes, write
 from tests.pipeline.exact import assert_same
+from zfnet import images
 from zfnet.localization import Looker, Seen, merged, top_classes
 from zfnet.merging import iou
 
 LOCALIZATION = ("localization", "localization_images", "localization_windows")
-DETECTION = ("detection", "detection_objects", "detection_curves", "detection_classes")
+DETECTION = ("detection", "detection_objects", "detection_windows", "detection_curves", "detection_classes")
 WITH_BACKGROUND = (*CLASSES, BACKGROUND)
 
 
@@ -208,19 +209,50 @@ def test_windows_that_are_told_of_are_those_that_were_merged(run, data):
         assert (some.window_height > 0).all()
 
 
+def test_windows_of_a_detection_are_the_sure_ones_each_once(data, tmp_path):
+    """Against the looker's own windows: all that are sure of a class of the image's boxes, for the surest of these."""
+    for head in ("boxes", "class-boxes"):
+        run = save_network(tmp_path / head, f"overfeat_fast_small+{head}", WITH_BACKGROUND)
+        make(detection, run, data, least=0.085)
+        found, windows = table(run, "detection"), table(run, "detection_windows")
+        model = Run.at(str(run)).load_model()
+        looker = Looker(model.network, model.preprocessing, (1, 3), "fine")
+        several = 0
+        for number in (0, 7):
+            key = f"val-{number:06d}"
+            classes = sorted(set(found[found.key == key]["class"]))
+            several += len(classes) > 1
+            expected = []
+            for one in _seen(looker, number):
+                for place, confidences in enumerate(one.confidences):
+                    class_ = max(classes, key=lambda c: (confidences[c], -c))
+                    if confidences[class_] >= 0.085:
+                        sides = np.concatenate([one.windows[place], one.of(class_)[place]])
+                        expected.append([one.scale, class_, confidences[class_], *sides])
+            rows = windows[windows.key == key]
+            edges = [
+                rows[f"{of}_{side}"] + (rows[f"{of}_{origin}"] if origin else 0)
+                for of in ("window", "box")
+                for side, origin in (("top", ""), ("left", ""), ("height", "top"), ("width", "left"))
+            ]
+            assert expected
+            np.testing.assert_allclose(np.stack([rows.scale, rows["class"], rows.confidence, *edges], 1), expected)
+        assert several
+
+
+def _seen(looker, number):
+    image = images.decode(SOURCE.sample("val", number)["jpg"])
+    return looker.look(looker.views({side: images.resize(image, side) for side in looker.sides_px}, image.size))
+
+
 def test_the_tables_are_what_the_windows_say_merged(run, data):
     """Against the looker's own windows, image by image."""
-    from pipeline.runs import Run
-    from zfnet import images
-
     make(localization, run, data)
     model = Run.at(str(run)).load_model()
     looker = Looker(model.network, model.preprocessing, (1, 3), "fine")
     guesses = table(run, "localization")
     for number in (0, 7):
-        data_ = SOURCE.sample("val", number)["jpg"]
-        image = images.decode(data_)
-        seen = looker.look(looker.views({side: images.resize(image, side) for side in looker.sides_px}, image.size))
+        seen = _seen(looker, number)
         found = merged(seen, [top_classes(one, 5, 12) for one in seen], 0.05, 0.6, "confidence")
         best = {}
         for class_, score in zip(found.classes.tolist(), found.scores.tolist(), strict=True):
