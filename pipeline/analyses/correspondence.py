@@ -21,9 +21,10 @@ import pyarrow.compute as pc
 import torch
 
 from pipeline import tables
-from pipeline.analyses.occlusion import colour, filled
+from pipeline.analyses.occlusion import filled
 from pipeline.analysis import Analysis, Finished
 from pipeline.context import Batch, Context, Picture
+from pipeline.fills import require_fill
 from pipeline.projections import png
 from pipeline.runs import RunError
 from pipeline.shards import Sample, Skipped
@@ -97,8 +98,7 @@ class Config:
             raise RunError(
                 f"--parts is {' '.join(self.parts)!r}: give landmarks, each once, and none called {RANDOM!r}"
             )
-        if self.fill not in ("mean", "blur"):
-            colour(self.fill)
+        require_fill(self.fill)
 
 
 PART = tables.column("part", pa.string(), "Landmark that was masked, or random.")
