@@ -135,6 +135,11 @@ class Preprocessing:
         x /= _of_each_pixel(self.std.to(pixels.device), *pixels.shape[1:3])
         return x.permute(0, 3, 1, 2)
 
+    def mean_pixels(self) -> Tensor:
+        """[crop_px, crop_px, 3], RGB, 0 to 255: the image that the network sees as zero everywhere."""
+        mean = _of_each_pixel(self._mean(self.mean.device, None, None), self.crop_px, self.crop_px)
+        return (mean.flip(-1) if self.channels == "BGR" else mean) * (255.0 / self.maximum)
+
     def _mean(self, device: torch.device, top: Tensor | None, left: Tensor | None) -> Tensor:
         mean = self.mean.to(device)
         if mean.shape[-1] == 1:

@@ -21,9 +21,10 @@ import torch
 
 from pipeline import tables
 from pipeline.analyses.chosen import with_keys
-from pipeline.analyses.occlusion import colour, filled
+from pipeline.analyses.occlusion import filled
 from pipeline.analysis import Analysis, Finished
 from pipeline.context import Batch, Context, Picture
+from pipeline.fills import require_fill
 from pipeline.objects import boxes_of
 from pipeline.projections import png
 from pipeline.runs import RunError
@@ -98,8 +99,7 @@ class Config:
             raise RunError(
                 f"--parts is {' '.join(self.parts)!r}: give landmarks, each once, and none called {RANDOM!r}"
             )
-        if self.fill not in ("mean", "blur"):
-            colour(self.fill)
+        require_fill(self.fill)
 
 
 PART = tables.column("part", pa.string(), "Landmark that was masked, or random.")

@@ -16,9 +16,9 @@ import torch
 
 from pipeline import tables
 from pipeline.analyses.chosen import Chosen, samples, target_class
-from pipeline.analyses.occlusion import colour
 from pipeline.analysis import Analysis, Finished
 from pipeline.context import Batch, Context, Picture
+from pipeline.fills import colour
 from pipeline.runs import RunError, require_at_least_one
 from pipeline.storage import Location
 from zfnet.activations import NotFinite

@@ -20,12 +20,13 @@ from pipeline import tables
 from pipeline.analyses.chosen import Chosen, samples, target_class
 from pipeline.analysis import Analysis, Finished
 from pipeline.context import Batch, Context, Picture
+from pipeline.fills import as_input, require_fill
 from pipeline.projections import SEMANTICS_COLUMNS, cut_to_image, png, projection_columns, semantics_columns, stored
 from pipeline.runs import RunError, require_at_least_one
 from pipeline.storage import Location
 from zfnet import deconv
 from zfnet.deconv import Cells, Semantics
-from zfnet.occlusion import Grid, Sensitivity, blurred, computed_positions, sensitivity, watched_layer
+from zfnet.occlusion import Grid, Sensitivity, computed_positions, sensitivity, watched_layer
 from zfnet.receptive import receptive_field
 
 SLICE = "images"
@@ -75,8 +76,7 @@ class Config(Chosen):
             raise RunError(f"--refine is {self.refine}: give a share from 0 to 1; 1 is exact")
         if len(set(self.sizes)) < len(self.sizes):
             raise RunError(f"--occluder-px is {' '.join(self.occluder_px)}: give each size once")
-        if self.fill not in ("mean", "blur"):
-            colour(self.fill)
+        require_fill(self.fill)
 
 
 def _size(text: str) -> tuple[int, int]:
@@ -84,18 +84,6 @@ def _size(text: str) -> tuple[int, int]:
     if not height.isdecimal() or not (width or height).isdecimal():
         raise RunError(f"--occluder-px is {text!r}: give the side of a square, as 50, or height x width, as 64x16")
     return int(height), int(width or height)
-
-
-def colour(text: str, others: str = "mean or blur") -> tuple[int, ...]:
-    """Red, green and blue, 0 to 255, of an option --fill that takes `others` as well. Raises: RunError."""
-    parts = text.split(",")
-    if len(parts) not in (1, 3) or not all(part.strip().isdecimal() and int(part) <= 255 for part in parts):
-        raise RunError(f"--fill is {text}: give a grey from 0 to 255, a colour as R,G,B, {others}")
-    return tuple(int(part) for part in parts) * (3 // len(parts))
-
-
-BLUR_SHARE = 10 / 224
-"""Sigma of --fill blur, as a share of the input's side."""
 
 
 OCCLUSION = tables.schema(
@@ -238,16 +226,9 @@ def map_batch(context: Context, state: None, batch: Batch) -> pa.Table:
 
 
 def filled(context: Context, batch: Batch) -> Tensor:
-    """[3, rows, cols]: what the occluder shows, as the network takes it."""
-    fill, preprocessing = context.config.fill, context.model.preprocessing
-    if fill == "mean":
-        return torch.zeros_like(batch.x[0])  # the mean is what is subtracted
+    """[3, rows, cols]: what hides parts of the one picture, as the network takes it."""
     pixels = torch.from_numpy(batch.pictures[0].pixels.copy()).to(batch.x.device)
-    if fill == "blur":
-        shown = blurred(pixels, BLUR_SHARE * preprocessing.crop_px)
-    else:
-        shown = torch.tensor(colour(fill), device=batch.x.device).expand_as(pixels)
-    return preprocessing.normalise(shown[None])[0]
+    return as_input(context.config.fill, pixels, context.model.preprocessing)
 
 
 def _describe(context: Context, picture: Picture, found: Sensitivity) -> dict[str, Any]:

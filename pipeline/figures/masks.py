@@ -8,9 +8,8 @@ from matplotlib.figure import Figure
 
 from pipeline.figures.sheet import picture, sheet
 from pipeline.figures.source import Source
-from pipeline.figures.tiles import image_of
+from pipeline.figures.tiles import hidden, image_of
 
-GREY = 128
 PARTS = 6  # columns beside the original
 
 
@@ -18,6 +17,7 @@ def draw(source: Source) -> Iterator[tuple[str, Figure]]:
     """A row for each image: the original, then each part hidden. Raises: Missing."""
     columns = ["key", "parts", "mask_tops", "mask_lefts", "mask_px", "image_png"]
     rows = source.rows("correspondence_images", columns)[: source.images]
+    fill = source.rows("correspondence", ["fill"])[0]["fill"]
     shown = min(PARTS, max(len(row["parts"]) for row in rows))
     figure, axes = sheet(len(rows), 1 + shown, width=1.3 * (1 + shown), height=1.4 * len(rows) + 0.2)
     for number, (line, row) in enumerate(zip(axes, rows, strict=True)):
@@ -25,8 +25,6 @@ def draw(source: Source) -> Iterator[tuple[str, Figure]]:
         for place, axis in enumerate(line[1:]):
             axis.set_axis_off()
             if place < len(row["parts"]):
-                hidden = image_of(row).copy()
-                top, left = row["mask_tops"][place], row["mask_lefts"][place]
-                hidden[max(top, 0) : top + row["mask_px"], max(left, 0) : left + row["mask_px"]] = GREY
-                picture(axis, hidden, "" if number else row["parts"][place])
+                where = (row["mask_tops"][place], row["mask_lefts"][place], row["mask_px"], row["mask_px"])
+                picture(axis, hidden(image_of(row), fill, where, source.run), "" if number else row["parts"][place])
     yield "figure8", figure

@@ -12,14 +12,13 @@ from matplotlib.patches import Patch
 from pipeline.drawing.heatmaps import class_colours
 from pipeline.figures.sheet import Pixels, mosaic, picture, sheet, wrapped
 from pipeline.figures.source import Missing, Row, Source
-from pipeline.figures.tiles import PLACE, PROJECTION, image_of, whole_projection
+from pipeline.figures.tiles import PLACE, PROJECTION, hidden, image_of, whole_projection
 
 OTHERS = 3  # further images that excite the map, as printed
-GREY = 128
 _LONGEST_NAME = 40
 _COLUMNS = [
     "key", "label_name", "target_class", "clean_class", "grid_rows", "grid_cols", "occluder_px", "occluder_width_px",
-    "stride_px", "layer", "feature_map", "activation_map", "probability_map", "class_map", "image_png",
+    "stride_px", "fill", "layer", "feature_map", "activation_map", "probability_map", "class_map", "image_png",
     *PLACE, *PROJECTION,
 ]  # fmt: skip
 
@@ -31,7 +30,7 @@ def draw(source: Source) -> Iterator[tuple[str, Figure]]:
     figure, axes = sheet(len(rows), 5, width=11, height=2.1 * len(rows) + 0.3)
     for line, row in zip(axes, rows, strict=True):
         grid = (row["grid_rows"], row["grid_cols"])
-        picture(line[0], _with_square(row), f"{row['label_name'] or row['key']}")
+        picture(line[0], _with_square(source, row), f"{row['label_name'] or row['key']}")
         activation = line[1].imshow(row["activation_map"].reshape(grid), cmap="viridis")
         line[1].set_title(wrapped(f"{row['layer']}, map {row['feature_map']}: activation", line[1]))
         picture(line[2], _projections(source, row), "the map's projections")
@@ -51,13 +50,11 @@ def _name(classes: list[str], number: int | None) -> str:
     return "others" if number is None else textwrap.shorten(classes[number], _LONGEST_NAME, placeholder="…")
 
 
-def _with_square(row: Row) -> Pixels:
+def _with_square(source: Source, row: Row) -> Pixels:
     """The image with the square where it takes most of the probability."""
-    drawn = image_of(row).copy()
-    place = np.argmin(row["probability_map"])
-    top, left = (int(v) * row["stride_px"] for v in divmod(place, row["grid_cols"]))
-    drawn[top : top + row["occluder_px"], left : left + row["occluder_width_px"]] = GREY
-    return drawn
+    top, left = (int(v) * row["stride_px"] for v in divmod(np.argmin(row["probability_map"]), row["grid_cols"]))
+    where = (top, left, row["occluder_px"], row["occluder_width_px"])
+    return hidden(image_of(row), row["fill"], where, source.run)
 
 
 def _projections(source: Source, row: Row) -> Pixels:

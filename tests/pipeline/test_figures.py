@@ -1,6 +1,7 @@
 """Figures: what they show is what the tables hold; what is missing is named; the same tables give the same bytes."""
 
-import dataclasses
+import shutil
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -8,6 +9,7 @@ import pyarrow as pa
 import pytest
 import torch
 from PIL import Image
+from scipy.ndimage import gaussian_filter
 
 from pipeline import sweep, tables
 from pipeline.analyses import (
@@ -134,6 +136,39 @@ def test_figure_6_puts_two_runs_side_by_side(run):
     np.testing.assert_array_equal(pixels[: 7 * large : large, : 7 * large : large], first)
 
 
+def test_figure_6_says_so_where_deconv_has_none_of_the_second_layer(run, tmp_path):
+    other = Run.at(str(tmp_path / "other"))
+    shutil.copytree(run.location.path, other.location.path)
+    for place in ("results/manifests/deconv", "results/deconv"):
+        shutil.rmtree(tmp_path / "other" / place)
+    with pytest.raises(source.Missing, match="there is no table deconv: python jobs/deconv.py --run .*other --data SH"):
+        next(filters.draw(shown(other)))
+    given = Options(run=str(other.location), data=str(run.location.path.rpartition("/")[0]), workers=Workers(num=0))
+    sweep.run(top9.ANALYSIS, replace(given, name="third"), top9.Config(layers=("conv3",)))
+    sweep.run(deconv.ANALYSIS, given, deconv.Config(top9="top9-third", layers=("conv3",)))
+    ((_, figure),) = filters.draw(shown(other))
+    titles = [" ".join(axis.get_title().split()) for axis in figure.axes]
+    assert titles == [
+        "zfnet_small: filters of conv1",
+        "zfnet_small: projections of conv3, as deconv has none of conv2",
+    ]
+
+
+@pytest.mark.parametrize("fill", ["9", "255,0,7", "mean", "blur"])
+def test_a_part_is_hidden_as_the_network_saw_it(run, fill):
+    pixels = tiles.image_of(frame(run, "occlusion").iloc[0].to_dict())
+    drawn = tiles.hidden(pixels, fill, (-3, 40, 13, 13), run)
+    expected = pixels.copy()
+    inside = expected[:10, 40:53]  # cut to the image
+    if fill == "blur":
+        sigma = 10 / 224 * 64
+        whole = [gaussian_filter(pixels[..., c].astype(float), sigma, mode="nearest", truncate=3) for c in range(3)]
+        inside[:] = np.rint(np.stack(whole, -1))[:10, 40:53]
+    else:
+        inside[:] = {"9": 9, "255,0,7": [255, 0, 7], "mean": 120}[fill]
+    assert np.abs(drawn.astype(int) - expected).max() <= (fill == "blur")  # the edge of three sigma
+
+
 def test_figure_7_shows_the_three_maps_of_each_image(run):
     ((_, figure),) = occlusion_figure.draw(shown(run, images=1))
     row = frame(run, "occlusion").iloc[0]
@@ -144,7 +179,7 @@ def test_figure_7_shows_the_three_maps_of_each_image(run):
     whole = tiles.image_of(row.to_dict())
     hidden = (image != whole).any(-1)
     assert 0 < hidden.sum() <= row.occluder_px * row.occluder_width_px
-    assert (image[hidden] == occlusion_figure.GREY).all()
+    assert (image[hidden] == 124).all()  # the default of --fill
     two = 2 * 64 + 4
     assert projections.shape in {(64, 64, 3), (64, two, 3), (two, two, 3)}
 
@@ -158,6 +193,7 @@ def test_figures_of_tables_that_other_data_gives(run, tmp_path):
     })  # fmt: skip
     finish(other, "correspondence", "conv5", correspondence.CORRESPONDENCE, {
         "layer": ["conv5"] * 2, "part": ["eye", "random"], "mean": [0.25, 0.5], "std_pairs": [0.125, 0.0625],
+        "fill": ["255,0,7"] * 2,
     })  # fmt: skip
     finish(other, "transfer", "conv5", transfer.SCHEMA, {
         "layer": ["conv5"] * 3, "classifier": ["svm"] * 3, "images_per_class": [30, 5, 1],
@@ -165,8 +201,8 @@ def test_figures_of_tables_that_other_data_gives(run, tmp_path):
     })  # fmt: skip
     ((_, figure),) = masks.draw(shown(other))
     original, eye, random = (axis.images[0].get_array() for axis in figure.axes)
-    assert (eye[4:14, 8:18] == masks.GREY).all()
-    assert (random[30:40, :7] == masks.GREY).all()
+    assert (eye[4:14, 8:18] == [255, 0, 7]).all()
+    assert (random[30:40, :7] == [255, 0, 7]).all()
     np.testing.assert_array_equal(random[:, 7:], original[:, 7:])
     ((_, figure),) = transfer_figure.draw(shown(other, against=other))
     points = figure.axes[0].containers[0].lines[0]
@@ -236,7 +272,7 @@ def test_all_of_it_is_written_and_the_same_tables_give_the_same_bytes(run, tmp_p
     assert names == {f"{stem}.{kind}" for stem in stems for kind in ("png", "pdf")} | {"tables.md"}
     assert all(Image.open(tmp_path / "one" / f"{stem}.png").width > 300 for stem in stems)
     assert "this run, val, centre crop, 14 images | " in (tmp_path / "one" / "tables.md").read_text()
-    book.draw(dataclasses.replace(options, out=str(tmp_path / "two")))
+    book.draw(replace(options, out=str(tmp_path / "two")))
     assert all((tmp_path / "two" / name).read_bytes() == (tmp_path / "one" / name).read_bytes() for name in names)
 
 
