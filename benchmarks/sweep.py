@@ -77,7 +77,7 @@ def write_data(folder: Path, shards: Iterable[str], images_: int | None) -> str:
         found = scan(Location.of(folder / f"val-{number:06d}.tar"))
         left = None if images_ is None else images_ - sum(len(s.rows) for s in scans)
         for row in found.rows:
-            row["key"], row["label"] = row["key"], None
+            row["label"] = None
         scans.append(type(found)(found.file, found.bytes, found.sha256, found.rows[:left], found.damage))
     write_index([s for s in scans if s.rows], Location.of(folder), None)
     return str(folder)
