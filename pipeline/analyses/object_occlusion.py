@@ -143,8 +143,7 @@ def map_batch(context: Context, state: None, batch: Batch) -> pa.Table:
     """One image: what is lost to each occluder. All its copies go through the network together."""
     (picture,) = batch.pictures
     config: Config = context.config
-    digest = hashlib.sha256(f"{config.seed} {picture.sample.key}".encode("utf-8", "surrogatepass")).digest()
-    rng = np.random.default_rng(int.from_bytes(digest[:8], "little"))
+    rng = _generator(config.seed, picture.sample.key)
     size = context.model.preprocessing.crop_px
     box = _object(context, picture)
     part = None if box is None or box.area == size**2 else shrunk(box, size)
@@ -190,6 +189,12 @@ def map_batch(context: Context, state: None, batch: Batch) -> pa.Table:
         "outside_drop": _mean(lost[len(inside) :]),
     }
     return tables.conform({name: [value] for name, value in row.items()}, SCHEMA)
+
+
+def _generator(seed: int, key: str) -> np.random.Generator:
+    """The draws of an image depend on the seed and its key alone."""
+    digest = hashlib.sha256(f"{seed} {key}".encode("utf-8", "surrogatepass")).digest()
+    return np.random.default_rng(int.from_bytes(digest[:8], "little"))
 
 
 def _mean(values: Sequence[float] | npt.NDArray[np.float64]) -> float | None:
