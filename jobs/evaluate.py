@@ -16,16 +16,13 @@ from typing import Annotated
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from pipeline import command, sweep
-from pipeline.analyses import evaluation
 from pipeline.analyses.evaluation import ANALYSIS, Config
 from pipeline.context import Options
 
 
 def main(options: Annotated[Options, command.FLAT], config: Annotated[Config, command.FLAT]) -> int:
     """Write results/predictions, confusion, class_errors and evaluation; print the errors."""
-    status = sweep.run(ANALYSIS, options, config)
-    evaluation.report(options)
-    return status
+    return sweep.run(ANALYSIS, options, config)
 
 
 if __name__ == "__main__":

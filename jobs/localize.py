@@ -12,16 +12,13 @@ from typing import Annotated
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from pipeline import command, sweep
-from pipeline.analyses.localization import ANALYSIS, Config, report
+from pipeline.analyses.localization import ANALYSIS, Config
 from pipeline.context import Options
 
 
 def main(options: Annotated[Options, command.FLAT], config: Annotated[Config, command.FLAT]) -> int:
     """Write results/localization, localization_images and localization_windows; print the error."""
-    status = sweep.run(ANALYSIS, options, config)
-    if not options.plan:
-        report(options)
-    return status
+    return sweep.run(ANALYSIS, options, config)
 
 
 if __name__ == "__main__":

@@ -12,16 +12,13 @@ from typing import Annotated
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from pipeline import command, sweep
-from pipeline.analyses.object_occlusion import ANALYSIS, Config, report
+from pipeline.analyses.object_occlusion import ANALYSIS, Config
 from pipeline.context import Options
 
 
 def main(options: Annotated[Options, command.FLAT], config: Annotated[Config, command.FLAT]) -> int:
     """Hide objects and places, write results/object_occlusion."""
-    status = sweep.run(ANALYSIS, options, config)
-    if not options.plan:
-        report(options.run, options.name)
-    return status
+    return sweep.run(ANALYSIS, options, config)
 
 
 if __name__ == "__main__":

@@ -38,6 +38,10 @@ def _no_further(context: Context) -> tuple[str, ...]:
     return ()
 
 
+def _nothing(run: Run, name: str | None) -> Iterator[str]:
+    return iter(())
+
+
 def _as_given(context: Context) -> Any:
     return context.config
 
@@ -97,6 +101,8 @@ class Analysis:
     """How many times a sample goes through the network, altered copies counted, for --plan."""
     expected_rows: Callable[[Context, str, set[str]], int | None] = lambda context, slice_, skipped: None
     """Slice and skipped keys -> how many rows it must have, where that is known beforehand."""
+    report: Callable[[Run, str | None], Iterator[str]] = _nothing
+    """Run and --name -> what the finished tables show, in lines that are said at the end."""
     then: str = "atlas.py --run {run}"
     """The job that a user may want next, which may take {data} too."""
 

@@ -61,10 +61,13 @@ def run(analysis: Analysis, options: Options, config: Any) -> int:
         say(f"{context.table}: finished in {time.time() - started:.1f} s: {context.run.results(context.table)}")
     else:
         say(f"{context.table}: {_listed(list(wanted))} finished already, in {context.run.results(context.table)}")
+    status = _status(context, list(wanted), options.max_skipped)
     if not options.plan:
         clear_finished(context, analysis)
+        for line in analysis.report(context.run, context.name):
+            say(line)
         suggest(analysis.then, run=given.run, data=given.data)
-    return _status(context, list(wanted), options.max_skipped)
+    return status
 
 
 def _missing(analysis: Analysis, context: Context, wanted: dict[str, dict[str, Any]]) -> list[str]:

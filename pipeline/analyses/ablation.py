@@ -11,6 +11,7 @@ from __future__ import annotations
 import difflib
 import re
 import threading
+import time
 import traceback
 from collections import deque
 from collections.abc import Iterator
@@ -165,6 +166,7 @@ def run(options: Options) -> int:
     Raises: SweepFailed naming the variants that failed, when all others are done; and as a training does, for what
         concerns them all.
     """
+    started = time.monotonic()
     variants = chosen(options.variants)
     index = shards_or_default(options.data, options.index)
     status, failed = 0, {}
@@ -176,6 +178,7 @@ def run(options: Options) -> int:
         elif isinstance(outcome, int):
             status = max(status, outcome)
     report(options.run)
+    say(f"ablation: finished in {time.monotonic() - started:.1f} s: {Run.at(options.run).results('ablation')}")
     suggest("figures.py --run {run}", run=options.run)
     if failed:
         raise SweepFailed(_explained(failed, len(variants)))
@@ -337,4 +340,4 @@ def report(run: str) -> None:
         shown[f"paper's {name} cost"] = 100 * rows[f"paper_{name}_cost"].astype(float)
     shown["epochs to 25 %"] = rows.epochs_to_25.map(lambda epoch: "" if pd.isna(epoch) else f"{epoch:.0f}")
     shown["seconds"] = rows.seconds.map("{:.0f}".format)
-    say(f"ablation: {directory.results('ablation')}\n" + shown.to_string(float_format="{:.1f}".format, na_rep=""))
+    say("ablation:\n" + shown.to_string(float_format="{:.1f}".format, na_rep=""))

@@ -27,7 +27,7 @@ from pipeline.context import Batch, Context, Picture
 from pipeline.fills import require_fill
 from pipeline.objects import boxes_of
 from pipeline.projections import png
-from pipeline.runs import RunError
+from pipeline.runs import Run, RunError, named
 from pipeline.shards import Sample, Skipped
 from pipeline.storage import Location
 from zfnet import images
@@ -446,6 +446,15 @@ def expected_rows(context: Context, slice_: str, skipped: set[str]) -> int:
     return len(context.config.layers) * len({part for part, _ in context.config.masks()})
 
 
+def report(run: Run, name: str | None) -> Iterator[str]:
+    """Layer by layer, the paper's measure of each part."""
+    table = named("correspondence", name)
+    rows = tables.read(run.slice(table, SLICE)).to_pandas()
+    for layer, parts in rows.groupby("layer", sort=False):
+        means = ", ".join(f"{part} {mean:.3f}" for part, mean in zip(parts.part, parts["mean"], strict=True))
+        yield f"{table}: {layer}: share of sign changes that differ between two images (lower: more alike): {means}"
+
+
 ANALYSIS = Analysis(
     table="correspondence",
     tables=("correspondence_images", "correspondence_pairs", "correspondence"),
@@ -460,4 +469,5 @@ ANALYSIS = Analysis(
     fold=fold,
     forwards=lambda context: 1 + len(context.config.masks()),
     expected_rows=expected_rows,
+    report=report,
 )

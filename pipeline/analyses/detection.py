@@ -33,8 +33,7 @@ from pipeline.analyses.looked import (
     names_of,
 )
 from pipeline.analysis import Analysis, Finished
-from pipeline.context import Context, Options
-from pipeline.progress import say
+from pipeline.context import Context
 from pipeline.runs import Run, RunError, named, require_at_least_one
 from pipeline.storage import Location
 from zfnet.detection import (
@@ -302,17 +301,17 @@ def _class(context: Context, class_: int, known: _Class) -> dict[str, Any]:
     }
 
 
-def report(options: Options) -> None:
-    """Say the mAP, and what was wrong."""
-    table = named("detection_classes", options.name)
-    rows = tables.read(Run.at(options.run).slice(table, SLICE)).to_pandas()
+def report(run: Run, name: str | None) -> Iterator[str]:
+    """The mAP, and what was wrong."""
+    table = named("detection_classes", name)
+    rows = tables.read(run.slice(table, SLICE)).to_pandas()
     known = rows[rows.objects > 0]
     if not len(known):
-        say(f"{table}: no image has an object: precision is not known")
+        yield f"{table}: no image has an object: precision is not known"
         return
     boxes = ", ".join(f"{known[name].sum()} {name}" for name in get_args(Outcome))
     objects = ", ".join(f"{known[f'objects_{name}'].sum()} {name}" for name in get_args(Fate))
-    say(
+    yield (
         f"{table}: mAP {known.average_precision.mean():.1%} over {len(known)} classes at IoU 0.5; boxes: {boxes}; "
         f"objects: {objects}"
     )
@@ -333,4 +332,5 @@ ANALYSIS = Analysis(
     fold=fold,
     forwards=lambda context: len(context.config.scales),
     selects=(),
+    report=report,
 )

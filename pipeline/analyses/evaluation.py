@@ -20,8 +20,7 @@ import tyro
 
 from pipeline import tables
 from pipeline.analysis import Analysis, Finished
-from pipeline.context import Context, Options, read
-from pipeline.progress import say
+from pipeline.context import Context, read
 from pipeline.runs import Model, Run, RunError, named, require_at_least_one
 from pipeline.shards import Sample, Skipped, with_label
 from pipeline.storage import Location
@@ -409,21 +408,19 @@ def forwards(context: Context) -> int:
     return (1 + len(config.others)) * views
 
 
-def report(options: Options) -> None:
-    """Say the errors of the finished evaluation."""
-    run = Run.at(options.run)
-    name = named("evaluation", options.name)
-    if SLICE in run.manifest(name):
-        (row,) = tables.read(run.slice(name, SLICE)).to_pylist()
-        others = len(row["with_model_ids"])
-        averaged = f", average of {1 + others} networks" if others else ""
-        scales = f" ({row['stride']}, scales {' '.join(map(str, row['scales']))})" if row["scales"] else ""
-        say(
-            f"{name}: {row['images']} images, views {row['views']}{scales}{averaged}: "
-            f"top-1 error {row['top1_error']:.2%} ({row['top1_wrong']} wrong), "
-            f"top-5 error {row['top5_error']:.2%} ({row['top5_wrong']} wrong), "
-            f"mean per-class accuracy {row['mean_class_accuracy']:.2%}, loss {row['loss']:.4f}"
-        )
+def report(run: Run, name: str | None) -> Iterator[str]:
+    """The errors."""
+    table = named("evaluation", name)
+    (row,) = tables.read(run.slice(table, SLICE)).to_pylist()
+    others = len(row["with_model_ids"])
+    averaged = f", average of {1 + others} networks" if others else ""
+    scales = f" ({row['stride']}, scales {' '.join(map(str, row['scales']))})" if row["scales"] else ""
+    yield (
+        f"{table}: {row['images']} images, views {row['views']}{scales}{averaged}: "
+        f"top-1 error {row['top1_error']:.2%} ({row['top1_wrong']} wrong), "
+        f"top-5 error {row['top5_error']:.2%} ({row['top5_wrong']} wrong), "
+        f"mean per-class accuracy {row['mean_class_accuracy']:.2%}, loss {row['loss']:.4f}"
+    )
 
 
 ANALYSIS = Analysis(
@@ -445,4 +442,5 @@ ANALYSIS = Analysis(
     fold=fold,
     forwards=forwards,
     expected_rows=expected_rows,
+    report=report,
 )

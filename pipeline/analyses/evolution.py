@@ -24,6 +24,7 @@ from pipeline.analyses.deconv import LayerCells
 from pipeline.analyses.evolution_cells import at_epoch, chosen_epochs, epoch_of, first_model, model_id
 from pipeline.analysis import Analysis, Finished
 from pipeline.context import Batch, Context, Options, open_context
+from pipeline.progress import say
 from pipeline.runs import Run, RunError, named, require_at_least_one
 from pipeline.sources.default import shards_or_default
 from pipeline.storage import Location
@@ -263,7 +264,8 @@ def run(options: Options, config: Config) -> int:
         table = named("evolution", options.name)
         compared = derive.Options(run=options.run, name=options.name)
         derive.run(evolution_convergence.ANALYSIS, compared, evolution_convergence.Config(evolution=table))
-        evolution_convergence.report(options.run, options.name)
+        for line in evolution_convergence.report(Run.at(options.run), options.name):
+            say(line)
     return status
 
 

@@ -23,7 +23,6 @@ from torch import Tensor, nn
 from pipeline import checkpoints, tables
 from pipeline.analyses.evolution_cells import EPOCH, epoch_of
 from pipeline.derive import Context, Derivation
-from pipeline.progress import say
 from pipeline.projections import relative
 from pipeline.runs import Model, Run, RunError, named
 from zfnet.evolution import cosines, in_field
@@ -192,19 +191,18 @@ ANALYSIS = Derivation(
 )
 
 
-def report(run: str, name: str | None) -> None:
-    """Say what the tables show: layer by layer the means over feature maps, epoch by epoch."""
+def report(run: Run, name: str | None) -> Iterator[str]:
+    """What the tables show: layer by layer the means over feature maps, epoch by epoch."""
     table, compared = (named(n, name) for n in ("evolution", "evolution_convergence"))
-    found = Run.at(run)
-    last = epoch_of(_shown(found, table)[-1])
+    last = epoch_of(_shown(run, table)[-1])
     cosine = pd.concat(
-        tables.read(found.slice(compared, slice_)).to_pandas()
-        for slice_ in found.manifest(compared)
+        tables.read(run.slice(compared, slice_)).to_pandas()
+        for slice_ in run.manifest(compared)
         if slice_.endswith(f"-against-{last:04d}")
     )
     shown = pd.concat(
-        tables.read(found.slice(table, slice_), ["epoch", "layer", "feature_map", "image_changed"]).to_pandas()
-        for slice_ in found.manifest(table)
+        tables.read(run.slice(table, slice_), ["epoch", "layer", "feature_map", "image_changed"]).to_pandas()
+        for slice_ in run.manifest(table)
     )
     layers = list(dict.fromkeys(cosine.layer))
     of = {
@@ -217,4 +215,4 @@ def report(run: str, name: str | None) -> None:
         .changed.mean(),
     }
     for what, means in of.items():
-        say(f"{table}: {what}\n" + means.unstack("epoch").loc[layers].to_string(float_format="{:.2f}".format))
+        yield f"{table}: {what}\n" + means.unstack("epoch").loc[layers].to_string(float_format="{:.2f}".format)

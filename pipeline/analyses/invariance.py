@@ -19,7 +19,7 @@ from pipeline.analyses.chosen import Chosen, samples, target_class
 from pipeline.analysis import Analysis, Finished
 from pipeline.context import Batch, Context, Picture
 from pipeline.fills import colour
-from pipeline.runs import RunError, require_at_least_one
+from pipeline.runs import Run, RunError, named, require_at_least_one
 from pipeline.storage import Location
 from zfnet.activations import NotFinite
 from zfnet.features import first_layer, last_hidden_layer
@@ -227,6 +227,20 @@ def expected_rows(context: Context, slice_: str, skipped: set[str]) -> int:
     return (int(samples(context, [slice_]).num_rows) - len(skipped)) * len(config.amounts()) * len(config.layers)
 
 
+def report(run: Run, name: str | None) -> Iterator[str]:
+    """For each transform, how far features move and what becomes of the probability, on average over its amounts."""
+    table = named("invariance", name)
+    rows = tables.read(run.slice(table, SLICE)).to_pandas()
+    for transform, altered_ in rows[rows.distance > 0].groupby("transform", sort=False):
+        layers = altered_.groupby("layer", sort=False).relative_distance.mean()
+        moved = ", ".join(f"{layer} {distance:.2f}" for layer, distance in layers.items())
+        means = altered_[["probability", "clean_probability"]].mean()
+        kept = (
+            "" if means.isna().any() else f"; probability {means.iloc[0]:.3f}, of the clean image {means.iloc[1]:.3f}"
+        )
+        yield f"{table}: {transform}: features move by this share of their length: {moved}{kept}"
+
+
 ANALYSIS = Analysis(
     table="invariance",
     tables=("invariance",),
@@ -241,4 +255,5 @@ ANALYSIS = Analysis(
     fold=fold,
     forwards=lambda context: 1 + len(context.config.amounts()),
     expected_rows=expected_rows,
+    report=report,
 )

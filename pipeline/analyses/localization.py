@@ -20,8 +20,7 @@ from pipeline import tables
 from pipeline.analyses import looked
 from pipeline.analyses.looked import BOX, CLASS, PART, SLICE, WINDOW, Batch, Looking, Row, box_columns, names_of
 from pipeline.analysis import Analysis, Finished
-from pipeline.context import Context, Options
-from pipeline.progress import say
+from pipeline.context import Context
 from pipeline.runs import Run, named, require_at_least_one
 from pipeline.storage import Location
 from zfnet.detection import RIGHT
@@ -208,20 +207,20 @@ def _windows(context: Context, row: Row) -> pa.Table:
     return tables.conform({**_head(context, row, len(columns["scale"])), **columns}, WINDOWS)
 
 
-def report(options: Options) -> None:
-    """Say the localisation error, and that of the centred box."""
-    table = named("localization_images", options.name)
-    rows = tables.read(Run.at(options.run).slice(table, SLICE))
+def report(run: Run, name: str | None) -> Iterator[str]:
+    """The localisation error, and that of the centred box."""
+    table = named("localization_images", name)
+    rows = tables.read(run.slice(table, SLICE))
     rows = rows.filter(pc.is_valid(rows["outcome"]))
     if not rows.num_rows:
-        say(f"{table}: no image has an object of its class: errors are not known")
+        yield f"{table}: no image has an object of its class: errors are not known"
         return
     outcome, centred = np.array(rows["outcome"].to_pylist()), rows["centred_iou"].to_numpy() < RIGHT
     confused = np.isin(outcome, ["confused_class", "missed"])
     counts = ", ".join(
         f"{(outcome == name).mean():.1%} {name}" for name in ("confused_class", "poor_overlap", "missed")
     )
-    say(
+    yield (
         f"{table}: localisation error {(outcome != 'right').mean():.1%} of {rows.num_rows} images ({counts}); a "
         f"centred box of mean size errs on {centred.mean():.1%}, with these guesses of the class on "
         f"{(centred | confused).mean():.1%}"
@@ -243,4 +242,5 @@ ANALYSIS = Analysis(
     fold=fold,
     forwards=lambda context: len(context.config.scales),
     selects=(),
+    report=report,
 )

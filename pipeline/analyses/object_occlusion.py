@@ -16,7 +16,6 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.compute as pc
 import torch
 from torch import Tensor
 
@@ -25,7 +24,6 @@ from pipeline.analyses.chosen import target_class
 from pipeline.analysis import Analysis, Finished
 from pipeline.context import Batch, Context, Picture
 from pipeline.objects import objects_of
-from pipeline.progress import say
 from pipeline.projections import cut_to_image
 from pipeline.runs import Run, RunError, named, require_at_least_one
 from pipeline.storage import Location
@@ -35,6 +33,9 @@ from zfnet.deconv import Cells
 from zfnet.occlusion import Grid, watched_layer
 
 SLICE = "images"
+CLASSES_SAID = 10
+"""Classes that the job names at its end, those that lose most; all are in the table."""
+_DROPS = ["object_drop", "elsewhere_drop", "clean_probability"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,6 +95,9 @@ SCHEMA = tables.schema(
         tables.or_null("hidden_share", pa.float64(), "Share of the box that is hidden, about its middle."),
         tables.or_null("object_probability", pa.float64(), "Probability of target_class with that hidden."),
         tables.or_null("object_drop", pa.float64(), "clean_probability - object_probability."),
+        tables.or_null(
+            "object_activity_drop", pa.float64(), "Share of the strongest map's activity that is lost with it."
+        ),
         tables.column("places", pa.int32(), "Places elsewhere of as many pixels that were hidden in turn."),
         tables.or_null("elsewhere_probability", pa.float64(), "Mean probability of target_class with a place hidden."),
         tables.or_null("elsewhere_drop", pa.float64(), "clean_probability - elsewhere_probability; null at 0 places."),
@@ -159,8 +163,9 @@ def map_batch(context: Context, state: None, batch: Batch) -> pa.Table:
     clean_class = int(np.argmax(scores[0]))
     label = target_class(context, picture)
     target = clean_class if label is None else label
-    probability, after = scores[1:, target], activity[1 + len(hidden) :]
-    lost = 1 - after / activity[0] if activity[0] else np.full(len(after), np.nan)
+    probability = scores[1:, target]
+    lost = 1 - activity[1:] / activity[0] if activity[0] else np.full(len(activity) - 1, np.nan)
+    beside = lost[len(hidden) :]
     row = {
         **context.identity,
         "key": picture.sample.key,
@@ -175,6 +180,7 @@ def map_batch(context: Context, state: None, batch: Batch) -> pa.Table:
         "hidden_share": None if box is None or part is None else part.area / box.area,
         "object_probability": _mean(probability[:1] if hidden else []),
         "object_drop": _mean(scores[0, target] - probability[:1] if hidden else []),
+        "object_activity_drop": _mean(lost[:1] if hidden else []),
         "places": max(0, len(hidden) - 1),
         "elsewhere_probability": _mean(probability[1 : len(hidden)]),
         "elsewhere_drop": _mean(scores[0, target] - probability[1 : len(hidden)]),
@@ -185,8 +191,8 @@ def map_batch(context: Context, state: None, batch: Batch) -> pa.Table:
         "square_px": side,
         "inside": len(inside),
         "outside": len(outside),
-        "inside_drop": _mean(lost[: len(inside)]),
-        "outside_drop": _mean(lost[len(inside) :]),
+        "inside_drop": _mean(beside[: len(inside)]),
+        "outside_drop": _mean(beside[len(inside) :]),
     }
     return tables.conform({name: [value] for name, value in row.items()}, SCHEMA)
 
@@ -256,28 +262,30 @@ def fold(context: Context, parts: list[Location], slices: list[str]) -> Iterator
     yield Finished("object_occlusion", SLICE, SCHEMA, (tables.read(part) for part in parts))
 
 
-def report(run: str, name: str | None) -> None:
-    """Say what the finished table shows."""
+def report(run: Run, name: str | None) -> Iterator[str]:
+    """What is lost on average over all images, then in the classes that lose most."""
     table = named("object_occlusion", name)
-    rows = tables.read(Run.at(run).slice(table, SLICE))
-    boxed = rows.filter(pc.is_valid(rows["elsewhere_drop"]))
-    of = f"{boxed.num_rows} of {rows.num_rows} images have a box of their class"
-    if boxed.num_rows:
-        drops = [_average(boxed, column) for column in ("object_drop", "elsewhere_drop", "clean_probability")]
-        share = _average(boxed, "hidden_share")
+    rows = tables.read(run.slice(table, SLICE)).to_pandas()
+    boxed = rows.dropna(subset=["elsewhere_drop"])
+    of = f"{len(boxed)} of {len(rows)} images have a box of their class"
+    if len(boxed):
+        mean = boxed[[*_DROPS, "hidden_share"]].mean()
         of += (
-            f": hiding it (on average {share:.0%} of it) costs {drops[0]:.3f} of a probability of {drops[2]:.3f}, "
-            f"as much elsewhere {drops[1]:.3f}"
+            f": hiding it (on average {mean.hidden_share:.0%} of it) costs {mean.object_drop:.3f} of a probability of "
+            f"{mean.clean_probability:.3f}, as much elsewhere {mean.elsewhere_drop:.3f}"
         )
-    both = rows.filter(pc.and_(pc.is_valid(rows["inside_drop"]), pc.is_valid(rows["outside_drop"])))
-    if both.num_rows:
-        inside, outside = (_average(both, column) for column in ("inside_drop", "outside_drop"))
-        of += f". The strongest map loses {inside:.1%} to a square in its projection's support, {outside:.1%} beside it"
-    say(f"{table}: {of}")
-
-
-def _average(rows: pa.Table, column: str) -> float:
-    return float(pc.mean(rows[column]).as_py())
+    both = rows[["inside_drop", "outside_drop"]].dropna().mean()
+    if not both.isna().any():
+        of += (
+            f". The strongest map loses {both.inside_drop:.1%} to a square in its projection's support, "
+            f"{both.outside_drop:.1%} beside it"
+        )
+    yield f"{table}: {of}"
+    classes = boxed.groupby("label_name", sort=False)[_DROPS].agg(["mean", "size"])
+    for label, row in classes.sort_values(("object_drop", "mean"), ascending=False).head(CLASSES_SAID).iterrows():
+        lost, elsewhere_, clean = (row[(drop, "mean")] for drop in _DROPS)
+        count = int(row[("object_drop", "size")])
+        yield f"{table}: {label}, {count} images: the object {lost:.3f} of {clean:.3f}, elsewhere {elsewhere_:.3f}"
 
 
 ANALYSIS = Analysis(
@@ -293,4 +301,5 @@ ANALYSIS = Analysis(
     forwards=lambda context: 2 + 3 * int(context.config.places) + 1,
     expected_rows=expected_rows,
     selects=(),
+    report=report,
 )

@@ -25,7 +25,6 @@ from pipeline import tables
 from pipeline.analyses import deconv as deconv_table
 from pipeline.analysis import Analysis, Finished
 from pipeline.context import Batch, Context, Picture
-from pipeline.progress import say
 from pipeline.projections import cut_to_image
 from pipeline.runs import Run, RunError, named, require_at_least_one
 from pipeline.storage import Location
@@ -292,19 +291,18 @@ def fold(context: Context, parts: list[Location], layers: list[str]) -> Iterator
         yield Finished("sanity", layer, SCHEMA, iter([tables.conform(rows.sort_by(_ORDER), SCHEMA)]))
 
 
-def report(run: str, name: str | None) -> None:
-    """Say what the finished table shows, layer by layer."""
+def report(run: Run, name: str | None) -> Iterator[str]:
+    """Layer by layer, how many patches give back their activation, and how random layers change projections."""
     table = named("sanity", name)
-    found = Run.at(run)
-    for layer in found.manifest(table):
-        rows = tables.read(found.slice(table, layer)).to_pandas()
+    for layer in run.manifest(table):
+        rows = tables.read(run.slice(table, layer)).to_pandas()
         first = rows[rows.stage == 0]
         agree, worst = (first.relative_error <= AGREES_WITHIN).sum(), first.relative_error.max()
         own, deepest = (
             " and ".join(f"{rows.loc[rows.stage == stage, name].mean():.2f}" for name in CORRELATIONS)
             for stage in (1, rows.stage.max())
         )
-        say(
+        yield (
             f"{table}: {layer}: {agree} of {len(first)} patches give back their activation within {AGREES_WITHIN:g} "
             f"(worst {worst:.1e}); rank correlation, absolute and signed, with its own layer random {own}, with all "
             f"that it depends on random {deepest}"
@@ -325,4 +323,5 @@ ANALYSIS = Analysis(
     fold=fold,
     forwards=forwards,
     expected_rows=expected_rows,
+    report=report,
 )

@@ -9,6 +9,7 @@ has a slice for each N, written when its folds are done.
 from __future__ import annotations
 
 import json
+import time
 from contextlib import nullcontext
 from dataclasses import dataclass, fields
 from typing import Any
@@ -84,6 +85,7 @@ def run(options: Options) -> int:
 
     Raises: RunError where a class has too few images; and as a training and an evaluation do.
     """
+    started = time.monotonic()
     directory = Run.at(options.run)
     architecture = options.architecture or str(directory.describe()["architecture"])
     index = shards_or_default(options.data, options.index)
@@ -99,6 +101,7 @@ def run(options: Options) -> int:
                 status = max(status, _trained(options, architecture, place))
                 runs.append(Run.at(place))
             _record(options, index, directory, per_class, runs)
+    say(f"scratch: finished in {time.monotonic() - started:.1f} s: {directory.results('scratch')}")
     suggest("figures.py --run {run}", run=options.run)
     return status
 

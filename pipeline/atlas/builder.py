@@ -10,7 +10,7 @@ from pipeline.atlas import catalogue, class_maps, comparison, history, images, l
 from pipeline.atlas.pages import Link
 from pipeline.atlas.records import Sources
 from pipeline.atlas.site import Site
-from pipeline.progress import say
+from pipeline.progress import say, suggest
 from pipeline.runs import Run, RunError
 from pipeline.storage import Location
 
@@ -65,6 +65,7 @@ def build(run: Run, options: Options) -> Location:
     index = overview.write(site, sources, facts, found, faces, pictures, options.against)
     site.prune()
     say(f"atlas: finished in {time.monotonic() - started:.1f} s: {index}")
+    suggest("figures.py --run {run}", run=str(run.location))
     return index
 
 

@@ -1,8 +1,15 @@
 """How a job ends: what it made, how long it took, what was skipped, and the command that comes next."""
 
 import re
+import shlex
+from pathlib import Path
+
+import numpy as np
+import pytest
 
 from tests.jobs import shell
+from tests.jobs.parse import would_take
+from tests.pipeline.test_correspondence import face, write
 
 
 def lines(*arguments: object) -> list[str]:
@@ -20,10 +27,6 @@ def test_a_sweep_ends_with_what_it_made_how_long_what_was_skipped_and_what_is_ne
     assert skipped == "top9: 0 of 4 samples skipped"
     assert following == f"next: python jobs/deconv.py --run {run} --data {data}"
     assert lines("top9", *given, *alone, "--layers", "conv1")[-1] == following
-    assert lines("deconv", *given, *alone)[-1] == f"next: python jobs/occlusion.py --run {run} --data {data}"
-    assert lines("duplicates", "--run", run)[-1] == f"next: python jobs/units.py --run {run}"
-    assert lines("units", "--run", run)[-1] == f"next: python jobs/atlas.py --run {run}"
-    assert not any(line.startswith("next:") for line in lines("occlusion", *given, *alone, "--plan"))
 
 
 def test_shards_end_with_the_command_that_trains_on_them(tmp_path):
@@ -40,3 +43,90 @@ def test_training_ends_with_the_command_that_evaluates(make_shards, tmp_path):
     assert re.fullmatch(rf"train: model \w+ after \d+\.\d s: {run}", made)
     assert skipped == "train: 0 of 12 samples skipped"
     assert following == f"next: python jobs/evaluate.py --run {run} --data {data}"
+
+
+TRAINING = ("--epochs", "1", "--batch", "4", "--decoders", "0")
+ALONE = ("--workers.num", "0")
+CALLS = {
+    "shards": ("scenes", "--out", "{at}/scenes", "--train", "40", "--val", "4"),
+    "train": ("--architecture", "zfnet_small", "--keep-epochs", "1", *TRAINING, *ALONE),
+    "evaluate": ALONE,
+    "top9": ALONE,
+    "deconv": ("--layers", "conv2", *ALONE),
+    "occlusion": ("--first", "1", "--stride-px", "20", *ALONE),
+    "pictures": ALONE,
+    "invariance": ("--first", "1", "--layers", "conv1", *ALONE),
+    "correspondence": ("--data", "{at}/faces", "--mask-px", "11", "--random", "2", *ALONE),
+    "object_occlusion": ("--places", "2", *ALONE),
+    "sanity": ("--layers", "conv5", "--ranks", "1", *ALONE),
+    "evolution": ("--layers", "conv1", *ALONE),
+    "features": ("--layers", "fc6", *ALONE),
+    "duplicates": (),
+    "groups": (),
+    "units": (),
+    "retrieval": (),
+    "scratch": ("--images-per-class", "1", "--folds", "1", "--test-images", "1", *TRAINING, *ALONE),
+    "ablation": ("--variants", "zfnet_small", "--run", "{at}/ablation", *TRAINING, *ALONE),
+    "figures": ("--images", "1"),
+    "atlas": (),
+}
+"""In an order in which each job finds what it needs."""
+WITHOUT_IMAGES = {"duplicates", "groups", "units", "retrieval", "figures", "atlas"}
+FINDS = {
+    "evaluate": "top-1 error",
+    "invariance": "features move by this share of their length: conv1 ",
+    "correspondence": "share of sign changes that differ between two images (lower: more alike): right_eye 0.",
+    "object_occlusion": "images have a box of their class",
+    "sanity": "give back their activation",
+    "evolution": "filters, cosine to epoch",
+    "ablation": "top1_error, %",
+    "scratch": "1 a class: ",
+}
+NEXT = {
+    "shards": "train",
+    "train": "evaluate",
+    "evaluate": "top9",
+    "top9": "deconv",
+    "deconv": "occlusion",
+    "occlusion": "pictures",
+    "features": "retrieval",
+    "duplicates": "units",
+    "scratch": "figures",
+    "ablation": "figures",
+    "atlas": "figures",
+}
+"""All others end with the atlas."""
+
+
+@pytest.fixture(scope="module")
+def said(tmp_path_factory) -> dict[str, list[str]]:
+    """What each job says, all in one run."""
+    at = tmp_path_factory.mktemp("ends")
+    rng = np.random.default_rng(0)
+    write(at / "faces", [face(rng) for _ in range(2)])
+    return {job: lines(job, *arguments(job, at)) for job in CALLS}
+
+
+def arguments(job: str, at: Path) -> list[str]:
+    run = () if job == "shards" else ("--run", f"{at}/run")
+    data = () if job in {"shards", *WITHOUT_IMAGES} else ("--data", f"{at}/scenes")
+    return [argument.format(at=at) for argument in (*run, *data, *CALLS[job])]
+
+
+@pytest.mark.parametrize("job", CALLS)
+def test_a_job_ends_with_what_it_made_how_long_it_took_what_it_found_and_what_is_next(said, job):
+    *before, following = said[job]
+    assert [line for line in before if re.search(rf"^{job}: .* \d+\.\d s: \S+$", line)] or job == "evaluate"
+    if job not in {"shards", *WITHOUT_IMAGES}:
+        assert [line for line in before if line.endswith(" samples skipped")]
+    assert FINDS.get(job, "") in "\n".join(before)
+    would_take(following.removeprefix("next: "))
+    assert shlex.split(following)[2] == f"jobs/{NEXT.get(job, 'atlas')}.py"
+
+
+def test_a_forecast_says_nothing_of_an_earlier_evaluation_and_of_what_is_next(make_run, make_shards):
+    given = ("--run", make_run(), "--data", make_shards(val=[4]), "--workers.num", "0")
+    assert "top-1 error" in "\n".join(lines("evaluate", *given))
+    planned = "\n".join(lines("evaluate", *given, "--plan"))
+    assert "top-1 error" not in planned
+    assert "next:" not in planned

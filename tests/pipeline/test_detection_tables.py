@@ -93,7 +93,6 @@ def sure(edges, classes, confidence=0.9):
 def test_a_network_that_knows_finds_everything(run, data, monkeypatch, capsys):
     knowing(monkeypatch, sure)
     assert make(detection, run, data)[0] == 0
-    detection.report(Options(run=str(run)))
     objects = table(run, "detection_objects")
     found, classes, curves = (table(run, name) for name in ("detection", "detection_classes", "detection_curves"))
     assert len(found) == len(objects) == sum(len(truth(n)[1]) for n in range(10))
@@ -143,7 +142,6 @@ def test_what_goes_wrong_is_counted(run, data, monkeypatch):
 def test_localisation_is_right_where_class_and_box_are(run, data, monkeypatch, capsys):
     knowing(monkeypatch, sure)
     assert make(localization, run, data)[0] == 0
-    localization.report(Options(run=str(run)))
     assert "localisation error 0.0% of 10 images" in capsys.readouterr().out
     images, guesses = table(run, "localization_images"), table(run, "localization")
     assert set(images.outcome) == {"right"}

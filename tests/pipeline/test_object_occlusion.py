@@ -106,6 +106,7 @@ def test_rows_against_images_hidden_one_by_one(make_run, data, key, monkeypatch)
     assert row.object_drop == pytest.approx(probability[0] - probability[1], abs=1e-4)
     assert row.elsewhere_drop == pytest.approx(probability[0] - np.mean(probability[2:]), abs=1e-4)
     assert row.activity == pytest.approx(activity[0], rel=1e-5)
+    assert row.object_activity_drop == pytest.approx(1 - activity[1] / activity[0], abs=1e-4)
 
 
 class OnePlace(torch.nn.Module):
@@ -157,15 +158,19 @@ def test_images_are_chosen_by_class_and_number(make_run, data):
         occluded(make_run("again"), data, classes=("pink",))
 
 
-def test_what_was_found_is_said(make_run, data, capsys):
+def test_what_was_found_is_said(make_run, data, monkeypatch):
     run = make_run()
     found = occluded(run, data)
-    capsys.readouterr()
-    object_occlusion.report(str(run), None)
-    said = capsys.readouterr().out
+    said = "\n".join(object_occlusion.report(Run.at(str(run)), None))
     boxed = found[found.elsewhere_drop.notna()]
     assert f"3 of {len(found)} images have a box" in said
     assert f"as much elsewhere {boxed.elsewhere_drop.mean():.3f}" in said
+    classes = boxed.groupby("label_name").object_drop.mean().sort_values(ascending=False)
+    lines = said.splitlines()[1:]
+    assert [line.split(", ")[0].removeprefix("object_occlusion: ") for line in lines] == list(classes.index)
+    assert f"the object {classes.iloc[0]:.3f} of" in lines[0]
+    monkeypatch.setattr(object_occlusion, "CLASSES_SAID", 0)
+    assert len(list(object_occlusion.report(Run.at(str(run)), None))) == 1
 
 
 @pytest.mark.parametrize(

@@ -140,12 +140,10 @@ def test_workers_and_parts_do_not_matter(run_and_data, make_run, ray_cluster):
     assert_same(run, other, "sanity")
 
 
-def test_what_was_found_is_said(run_and_data, capsys):
+def test_what_was_found_is_said(run_and_data):
     run, data = run_and_data
     found = checked(run, data)
-    capsys.readouterr()
-    sanity.report(str(run), None)
-    said = capsys.readouterr().out
+    said = "\n".join(sanity.report(Run.at(str(run)), None))
     own = found[(found.layer == "conv5") & (found.stage == 1)]
     assert f"its own layer random {own.spearman_absolute.mean():.2f} and {own.spearman_signed.mean():.2f}" in said
     assert said.count("patches give back") == 3
