@@ -211,9 +211,10 @@ def check_nothing_unfinished_is_seen(sweep: Sweep, run: Path, whole: Path) -> No
 
 
 def attempts(run: Path, work: str) -> dict[int, int]:
-    """Of the parts that are committed: how often they were started."""
+    """Of the parts that are committed: how often they were started, unless a finished job was just clearing them."""
     folder = next((run / "unfinished" / work).glob("*/attempts"), Path())
-    return {part: len(list((folder / f"part-{part:06d}").iterdir())) for part in committed(run, work)}
+    started = {part: len(list(folder.glob(f"part-{part:06d}/*"))) for part in committed(run, work)}
+    return {part: times for part, times in started.items() if times}
 
 
 def check_finished(sweep: Sweep, run: Path, whole: Path, known: list[dict[int, int]]) -> None:
