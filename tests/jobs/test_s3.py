@@ -41,11 +41,11 @@ def faults() -> list[Fault]:
     return [
         Fault("cut", part="shards/small", times=2, spared=moment(8)),
         Fault("cut", part="runs/small", times=3, spared=moment(12)),
-        Fault("503", part="bucket", times=3, spared=moment(200)),
+        Fault("503", part="bucket", times=3, spared=moment(40)),
         Fault("503", "PUT", part="parts/part-", times=2, spared=moment(3)),
         Fault("lost", "PUT", part="results/", times=2, spared=moment(6)),
         Fault("500", "PUT", part="checkpoints/", times=2, spared=moment(4)),
-        Fault("slow", part="bucket", times=5, spared=moment(200), seconds=2.0),
+        Fault("slow", part="bucket", times=5, spared=moment(40), seconds=2.0),
         Fault("503", "HEAD", part="bucket", times=2, spared=moment(40)),
     ]
 
