@@ -34,7 +34,7 @@ class Config:
     correlation: float = 0.9
     """Smallest correlation of near-duplicates, from -1 to 1."""
     nearest: int = 3
-    """So many of each map's most correlated ones are kept too, with false in the column `duplicate` where below that."""
+    """So many of each map's most correlated ones are kept too, with false in the column `duplicate` where below."""
 
     def __post_init__(self) -> None:
         if self.nearest < 0:
