@@ -137,7 +137,9 @@ def make(context: Context, layer: str) -> Iterator[pa.Table]:
     known = ["data_id", "feature_map", "images", "active_share", "dead"]
     rows = tables.read(context.run.slice(config.feature_maps, layer), known).sort_by("feature_map")
     active, dead = rows["active_share"].to_numpy(), rows["dead"].to_numpy()
-    pairs = tables.read(context.run.slice(config.duplicates, layer), ["feature_map", "other_map"])
+    pairs = tables.read(context.run.slice(config.duplicates, layer), ["feature_map", "other_map", "duplicate"])
+    if "duplicate" in pairs.column_names:  # earlier versions kept duplicates alone
+        pairs = pairs.filter(pairs["duplicate"])
     alike = np.concatenate([pairs["feature_map"].to_numpy(), pairs["other_map"].to_numpy()]).astype(np.int64)
     columns = {
         "model_id": [context.model.model_id] * len(dead),

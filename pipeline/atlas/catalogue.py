@@ -19,7 +19,7 @@ ABOUT = {
     "top9": "The strongest images of every feature map, with the cell and its receptive field.",
     "maxima": "The strongest activation of every feature map in every image, and its cell.",
     "groups": "Images of every feature map from its whole range: the strongest, the weakest, those around quantiles.",
-    "duplicates": "Pairs of feature maps that answer alike to every image.",
+    "duplicates": "Pairs of feature maps that answer alike to every image, and each map's nearest ones.",
     "deconv": "Projection and patch of every top-9 cell.",
     "pictures": "The whole pictures behind the cells, small.",
     "evolution": "Projections of every feature map's strongest cell at chosen epochs of training.",

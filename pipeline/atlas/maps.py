@@ -132,7 +132,7 @@ def _missing(sources: Sources, layer: Layer) -> list[Missing]:
         (sources.pictures, Missing("the whole pictures behind the patches", sources.pictures)),
         (sources.groups, Missing("images from the map’s whole range", sources.groups)),
         (sources.pictures_of_groups, Missing("pictures of these", sources.pictures_of_groups, "--of groups")),
-        (sources.duplicates, Missing("maps that answer alike", sources.duplicates)),
+        (sources.duplicates, Missing("maps that answer most alike", sources.duplicates)),
         (sources.evolution, Missing("its evolution over the epochs", sources.evolution)),
         (sources.occlusion, Missing("occlusion examples", sources.occlusion)),
         ("units", Missing("the filter’s condition", "units")),

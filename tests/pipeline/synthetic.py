@@ -198,7 +198,7 @@ def write_around(run: Run, layer: str, shared: dict[str, Any]) -> None:
     for table in ("pictures", "pictures-groups"):
         finish(run, table, layer, picture_rows(layer, dict.fromkeys(shared["key"])))
     pair = {**first(IDENTITY), "layer": [layer], "feature_map": [0], "other_map": [1], "correlation": [0.97]}
-    finish(run, "duplicates", layer, tables.conform({**pair, "images": [40]}, duplicates.SCHEMA))
+    finish(run, "duplicates", layer, tables.conform({**pair, "duplicate": [True], "images": [40]}, duplicates.SCHEMA))
     finish(
         run,
         "units",

@@ -174,7 +174,7 @@ def test_maxima_do_not_depend_on_the_workers(swept, ray_cluster, tmp_path):
 
 def test_duplicates_are_the_pairs_that_correlate(swept):
     run, _ = swept
-    run_duplicates(run, correlation=0.5)
+    run_duplicates(run, correlation=0.5, nearest=0)
     for layer in LAYERS:
         values = np.array([v for (v,) in rows(run, "maxima", layer, "maxima")], dtype=np.float64)
         with np.errstate(invalid="ignore", divide="ignore"):
@@ -185,6 +185,25 @@ def test_duplicates_are_the_pairs_that_correlate(swept):
         assert {(i, j) for i, j, _, _ in found} == wanted
         assert all(abs(expected[i, j] - r) < 1e-12 and n == 42 for i, j, r, n in found)
         assert [r for _, _, r, _ in found] == sorted((r for _, _, r, _ in found), reverse=True)
+
+
+def test_each_maps_nearest_are_kept_whatever_their_correlation(swept):
+    run, _ = swept
+    run_duplicates(run, correlation=0.7, nearest=2)
+    for layer in LAYERS:
+        values = np.array([v for (v,) in rows(run, "maxima", layer, "maxima")], dtype=np.float64)
+        with np.errstate(invalid="ignore", divide="ignore"):
+            expected = np.corrcoef(values.T)
+        changing = [i for i in range(len(expected)) if np.isfinite(expected[i, i])]
+        wanted = {(i, j) for i in changing for j in changing if i < j and expected[i, j] >= 0.7}
+        nearest = {i: sorted(set(changing) - {i}, key=lambda j: -expected[i, j])[:2] for i in changing}
+        pairs = {(min(i, j), max(i, j)) for i, found in nearest.items() for j in found}
+        found = {
+            (i, j): alike for i, j, alike in rows(run, "duplicates", layer, "feature_map", "other_map", "duplicate")
+        }
+        assert pairs - wanted
+        assert set(found) == wanted | pairs
+        assert {pair for pair, alike in found.items() if alike} == wanted
 
 
 def test_a_map_and_its_copy_are_duplicates(make_run, make_shards):
@@ -199,7 +218,7 @@ def test_a_map_and_its_copy_are_duplicates(make_run, make_shards):
         model.network, architecture="zfnet_small", classes=model.classes, preprocessing=model.preprocessing, about={}
     )
     run_top9(run, data, layers=("conv1",))
-    run_duplicates(run, correlation=0.999999)
+    run_duplicates(run, correlation=0.999999, nearest=0)
     found = rows(run, "duplicates", "conv1", "feature_map", "other_map")
     assert (3, 5) in found
     assert not {7, 8} & {m for pair in found for m in pair}

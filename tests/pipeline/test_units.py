@@ -98,7 +98,7 @@ def test_every_column_against_its_definition(faulty):
                 cosine[[m, *(i for i, value in enumerate(rms) if not value)]] = -2
                 assert row.nearest_cosine == pytest.approx(float(cosine.max()), rel=1e-9)
                 assert row.filter_duplicate == (float(cosine.max()) >= 0.3)
-            mine = pairs[(pairs.layer == layer) & ((pairs.feature_map == m) | (pairs.other_map == m))]
+            mine = pairs[(pairs.layer == layer) & ((pairs.feature_map == m) | (pairs.other_map == m)) & pairs.duplicate]
             assert row.response_duplicates == len(mine)
             labels = top[(top.layer == layer) & (top.feature_map == m)].label.tolist()
             entropy = naive_entropy(labels, classes)
