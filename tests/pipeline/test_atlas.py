@@ -23,26 +23,14 @@ import pyarrow.fs as pafs
 import pytest
 from PIL import Image
 
+from docs.generate import tables as declared
 from pipeline import box_loop, metrics, tables
 from pipeline.analyses import (
     ablation,
-    correspondence,
-    dense_maps,
     detection,
-    duplicates,
-    evaluation,
-    evolution_convergence,
-    invariance,
     localization,
-    multilabel,
-    object_occlusion,
-    retrieval,
-    sanity,
     scratch,
-    top9,
     transfer,
-    units,
-    units_comparison,
 )
 from pipeline.atlas import Options, boxes, build, sprites, table_charts
 from pipeline.atlas.charts import bars, chart, histogram
@@ -68,34 +56,7 @@ from tests.pipeline.synthetic import (
     write_whole,
 )
 
-SCHEMAS = {
-    "ablation": ablation.SCHEMA,
-    "evolution_convergence": evolution_convergence.SCHEMA,
-    "metrics": metrics.METRICS,
-    "feature_maps": top9.FEATURE_MAPS,
-    "duplicates": duplicates.SCHEMA,
-    "units": units.SCHEMA,
-    "units_comparison": units_comparison.SCHEMA,
-    "sanity": sanity.SCHEMA,
-    "object_occlusion": object_occlusion.SCHEMA,
-    "class_errors": evaluation.CLASS_ERRORS,
-    "evaluation": evaluation.EVALUATION,
-    "predictions": evaluation.PREDICTIONS,
-    "invariance": invariance.INVARIANCE,
-    "correspondence": correspondence.CORRESPONDENCE,
-    "transfer": transfer.SCHEMA,
-    "scratch": scratch.SCHEMA,
-    "multilabel": multilabel.SCHEMA,
-    "retrieval": retrieval.SCHEMA,
-    "localization": localization.LOCALIZATION,
-    "localization_images": localization.IMAGES,
-    "localization_windows": localization.WINDOWS,
-    "detection": detection.DETECTION,
-    "detection_objects": detection.OBJECTS,
-    "detection_curves": detection.CURVES,
-    "detection_classes": detection.CLASSES,
-    "dense_maps": dense_maps.SCHEMA,
-}
+SCHEMAS = {name: table.schema for name, table in declared.found().items()}
 
 # --- reading pages ------------------------------------------------------------------------------------------------
 
