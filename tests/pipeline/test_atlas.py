@@ -145,6 +145,29 @@ def test_every_link_resolves_and_none_leaves_the_run(site: Path) -> None:
                 assert parts.fragment in pages[target].identities, f"{page.path}: {link}"
 
 
+def test_a_page_loads_less_than_a_megabyte_at_first_and_its_pictures_when_they_are_seen(tmp_path: Path) -> None:
+    maps = 64
+    index = built(make_run(tmp_path, without=("others",), maps=maps))
+    assert loaded_at_first(index) < 1e6
+    layer = index.parent / "layers" / "conv1.html"
+    alone = loaded_at_first(index.parent / "tables" / "metrics.html")
+    assert (loaded_at_first(layer) - alone) * 384 / maps < 1e6 - alone  # of ZFNet's widest layer
+    for page in (index, layer, index.parent / "images.html"):
+        pictures = re.findall(r"<img [^>]*>", page.read_text())
+        assert pictures
+        assert all('loading="lazy"' in picture for picture in pictures), page
+
+
+def loaded_at_first(page: Path) -> int:
+    """Bytes of a page, its style and script, and of those pictures that do not wait until they are seen."""
+    source = page.read_text()
+    tags = re.findall(r"<(?:img|image|script|link)\b[^>]*>", source)
+    eager = [tag for tag in tags if 'loading="lazy"' not in tag and "data:," not in tag and 'rel="icon"' not in tag]
+    named = {unquote(html.unescape(name)) for tag in eager for name in re.findall(r'(?:href|src)="([^"]+)"', tag)}
+    assert len(named) >= 2  # style and script
+    return len(source.encode()) + sum((page.parent / name).stat().st_size for name in named)
+
+
 def test_no_string_of_the_tables_becomes_markup_or_script(site: Path) -> None:
     seen = 0
     for page in read_site(site).values():
