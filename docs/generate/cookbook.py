@@ -12,6 +12,7 @@ import io
 import os
 import re
 import sys
+import tarfile
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -36,6 +37,7 @@ from pipeline.analyses import (  # noqa: E402
 )
 from pipeline.cluster import Workers  # noqa: E402
 from pipeline.context import Options  # noqa: E402
+from pipeline.indexing import index_shards  # noqa: E402
 from pipeline.sources.rendered import Rendered  # noqa: E402
 from pipeline.sources.writer import write_shards  # noqa: E402
 
@@ -48,10 +50,11 @@ _BLOCK = re.compile(r"```python\n(?P<source>.*?)```\n(?:\n```text\n(?P<printed>.
 
 
 def make(place: Path) -> None:
-    """A small run with the tables that the pages ask: 240 images to train on for six epochs, and 96 to look at."""
+    """A small run with the tables that the pages ask: six epochs over 240 images, 120 to look at, and a broken one."""
     alone = Workers(num=0)
     run, data = str(place / RUN), str(place / DATA)
-    write_shards(Rendered(train=240, val=96), data)
+    write_shards(Rendered(train=240, val=120), data)
+    add_broken(Path(data))
     train.run(train.Options(run=run, data=data, epochs=6, batch=16, workers=alone))
     options = Options(run=run, data=data, workers=alone)
     sweep.run(evaluation.ANALYSIS, options, evaluation.Config())
@@ -64,6 +67,16 @@ def make(place: Path) -> None:
     derive.run(groups.ANALYSIS, tables_alone, groups.Config())
     derive.run(duplicates.ANALYSIS, tables_alone, duplicates.Config(correlation=0.8))
     derive.run(units.ANALYSIS, tables_alone, units.Config())
+
+
+def add_broken(data: Path) -> None:
+    """One more shard, with an image whose bytes are none."""
+    with tarfile.open(data / "val-000001.tar", "w") as tar:
+        for name, content in (("val-broken.jpg", b"not an image"), ("val-broken.cls", b"0")):
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    index_shards([str(data)], str(data), classes=None, accept_damaged=False)
 
 
 def printed(page: str) -> str:

@@ -60,6 +60,25 @@ class Ranked:
     probability: float
 
 
+@dataclass(frozen=True)
+class Told:
+    """What other tables say of the images, by their keys."""
+
+    mentions: dict[str, list[mentions.Mention]]
+    boxes: dict[str, list[boxes.Box]]
+    class_maps: dict[str, list[ImageMaps]]
+
+    def of(self, key: str) -> dict[str, Any]:
+        """What the page of an image shows of it."""
+        drawn = self.boxes.get(key, [])
+        return {
+            "boxes": drawn,
+            "kinds": boxes.kinds(drawn),
+            "mentions": self.mentions.get(key, []),
+            "maps_of_classes": self.class_maps.get(key, []),
+        }
+
+
 def write(
     site: Site,
     sources: Sources,
@@ -73,12 +92,9 @@ def write(
     if not total:
         return []
     site.write_image(COLOUR_BAR, colour_table()[None])
-    keys = _keys(sources, total)
-    data_id = _data_id(sources)
-    told = mentions.of_images(sources.run, found, keys, data_id)
-    boxes_of = boxes.on_inputs(sources.run, found, keys, data_id, _inputs(facts))
-    known_layers = set(sources.layers())
+    told = _told(sources, found, facts, maps_of_classes, total)
     links = [Link(f"Image {number}", image_page(number)) for number in range(1, total + 1)]
+    known_layers = set(sources.layers())
     pictures = []
     for number, row in enumerate(islice(sources.occlusion_rows(), total), start=1):
         pictures.append(_picture(site, number, row))
@@ -91,27 +107,48 @@ def write(
             total=total,
             before=before,
             after=after,
-            row=row,
             picture=pictures[-1],
-            panels=_panels(site, number, row, facts["classes"]),
-            target=_class_name(row["target_class"], facts["classes"]),
-            is_label=row["target_class"] == row["label"],
-            before_top5=_top5(row, "clean", facts["classes"]),
-            after_top5=_top5(row, "lowest", facts["classes"]),
-            boxes=boxes_of.get(row["key"], []),
-            kinds=boxes.kinds(boxes_of.get(row["key"], [])),
-            mentions=told.get(row["key"], []),
-            maps_of_classes=[
-                one for one in maps_of_classes if one.key == row["key"] and data_id in (None, one.data_id)
-            ],
-            semantics_used={name: row[name] for name in SEMANTICS},
-            asset=partial(_asset, number),
-            colour_bar=COLOUR_BAR,
             layer_page=layer_page(row["layer"]) if row["layer"] in known_layers else None,
-            map_page=map_page(row["layer"], row["feature_map"]),
+            **_of_row(site, number, row, facts["classes"]),
+            **told.of(row["key"]),
         )
     say(f"atlas: {total} image pages")
     return pictures
+
+
+def _told(
+    sources: Sources,
+    found: Sequence[ResultTable],
+    facts: dict[str, Any],
+    maps_of_classes: Sequence[ImageMaps],
+    total: int,
+) -> Told:
+    keys, data_id = _keys(sources, total), _data_id(sources)
+    class_maps: dict[str, list[ImageMaps]] = {}
+    for one in maps_of_classes:
+        if data_id in (None, one.data_id):
+            class_maps.setdefault(one.key, []).append(one)
+    return Told(
+        mentions.of_images(sources.run, found, keys, data_id),
+        boxes.on_inputs(sources.run, found, keys, data_id, _inputs(facts)),
+        class_maps,
+    )
+
+
+def _of_row(site: Site, number: int, row: dict[str, Any], classes: list[str]) -> dict[str, Any]:
+    """What the page shows of the table's row; writes its panels."""
+    return {
+        "row": row,
+        "panels": _panels(site, number, row, classes),
+        "target": _class_name(row["target_class"], classes),
+        "is_label": row["target_class"] == row["label"],
+        "before_top5": _top5(row, "clean", classes),
+        "after_top5": _top5(row, "lowest", classes),
+        "semantics_used": {name: row[name] for name in SEMANTICS},
+        "asset": partial(_asset, number),
+        "colour_bar": COLOUR_BAR,
+        "map_page": map_page(row["layer"], row["feature_map"]),
+    }
 
 
 def _keys(sources: Sources, total: int) -> list[str]:

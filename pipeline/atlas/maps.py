@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from pipeline.atlas import sprites
 from pipeline.atlas.charts import Bars, bars, histogram
@@ -60,46 +60,66 @@ def write(
 ) -> None:
     """A page for each map of the layer."""
     links = [Link(f"Map {map_.number}", map_page(layer.name, map_.number)) for map_ in layer.maps]
-    width, height = sprites.size(assets.tile_px)
-    page_of_key = {picture.key: picture.page for picture in pictures}
-    could_have = _missing(sources, layer)
+    of_layer = _of_layer(sources, layer, assets, pictures)
     for place, map_ in enumerate(layer.maps):
         before, after = neighbours(links, place)
-        known = map_.statistics
         site.write_page(
             links[place].page,
             "map.html.j2",
-            run_name=sources.run.location.name,
-            run_path=str(sources.run.location),
-            layer=layer,
-            map=map_,
-            shown=map_.entries[: sprites.SHOWN],
-            layer_page=layer_page(layer.name),
-            map_page=partial(map_page, layer.name),
             before=before,
             after=after,
-            sprite=assets.sprites.get(map_.number),
-            deconv_table=sources.deconv,
-            otherwise=assets.otherwise.get(map_.number, []),
-            sprite_width=width,
-            sprite_height=height,
-            tile_px=assets.tile_px,
-            place_of=partial(sprites.place, assets.tile_px),
-            input_px=sources.input_px,
-            whole=assets.wholes.get(map_.number),
-            groups=assets.groups.get(map_.number),
-            firsts=_firsts(map_),
-            strip=assets.strips.get(map_.number),
-            histogram=histogram(known.histogram, known.edges, known.quantiles) if known else None,
-            classes=_classes(map_),
-            similar=map_.similar[:SIMILAR_SHOWN],
-            sprite_of=assets.sprites,
             examples=[p for p in pictures if (p.layer, p.feature_map) == (layer.name, map_.number)],
-            page_of_key=page_of_key,
             mentions=told.get(str(map_.number), []),
-            could_have=could_have,
-            field_on_image=partial(_on_image, input_px=sources.input_px),
+            **of_layer,
+            **_of_map(map_),
+            **_drawn(map_, assets),
         )
+
+
+def _of_layer(sources: Sources, layer: Layer, assets: Assets, pictures: Sequence[Picture]) -> dict[str, Any]:
+    """What the pages of all its maps are given."""
+    width, height = sprites.size(assets.tile_px)
+    return {
+        "run_name": sources.run.location.name,
+        "run_path": str(sources.run.location),
+        "layer": layer,
+        "layer_page": layer_page(layer.name),
+        "map_page": partial(map_page, layer.name),
+        "deconv_table": sources.deconv,
+        "sprite_width": width,
+        "sprite_height": height,
+        "sprite_of": assets.sprites,
+        "tile_px": assets.tile_px,
+        "place_of": partial(sprites.place, assets.tile_px),
+        "input_px": sources.input_px,
+        "field_on_image": partial(_on_image, input_px=sources.input_px),
+        "page_of_key": {picture.key: picture.page for picture in pictures},
+        "could_have": _missing(sources, layer),
+    }
+
+
+def _of_map(map_: FeatureMap) -> dict[str, Any]:
+    """What the tables know of a map."""
+    known = map_.statistics
+    return {
+        "map": map_,
+        "shown": map_.entries[: sprites.SHOWN],
+        "firsts": _firsts(map_),
+        "histogram": histogram(known.histogram, known.edges, known.quantiles) if known else None,
+        "classes": _classes(map_),
+        "similar": map_.similar[:SIMILAR_SHOWN],
+    }
+
+
+def _drawn(map_: FeatureMap, assets: Assets) -> dict[str, Any]:
+    """The pictures of a map, those that there are."""
+    return {
+        "sprite": assets.sprites.get(map_.number),
+        "otherwise": assets.otherwise.get(map_.number, []),
+        "whole": assets.wholes.get(map_.number),
+        "groups": assets.groups.get(map_.number),
+        "strip": assets.strips.get(map_.number),
+    }
 
 
 def _firsts(map_: FeatureMap) -> list[int]:

@@ -22,7 +22,7 @@ IMAGENET = [
 """Table 2: top-1 and top-5 error of the validation images, in percent."""
 
 CALTECH101 = [
-    ["Bo et al.", "-", "81.4 +- 0.33"],
+    ["Bo et al.", "–", "81.4 +- 0.33"],
     ["Jianchao et al.", "73.2", "84.3"],
     ["not pretrained", "22.8 +- 1.5", "46.5 +- 1.7"],
     ["pretrained on ImageNet", "83.8 +- 0.5", "86.5 +- 0.5"],

@@ -72,7 +72,8 @@ def fills(disk: Path, moments: list[int], job: str, *arguments: object) -> None:
         assert f"cannot write {disk}" in found.stderr
         assert "free space or choose another place, then give the same command again" in found.stderr
         assert "Traceback" not in found.stderr
-        assert not list(disk.rglob(".tmp-*"))
+        # A worker that was ended while it wrote leaves its file in the work's folder, which goes with the work.
+        assert not [path for path in disk.rglob(".tmp-*") if "unfinished" not in path.parts]
         for path in disk.rglob("*.parquet"):
             pd.read_parquet(path)
     (disk / "ballast").unlink()

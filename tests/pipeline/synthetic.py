@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +38,8 @@ LAYERS = ("conv1", "features.10", 'Odd <b>&"layer#1?')
 IDENTITY = {"model_id": "m0", "data_id": "d0"}
 
 
-def make_run(folder: Path, *, values: str = "float32", without: tuple[str, ...] = ()) -> Run:
-    """A run with every table but those named in `without`."""
+def make_run(folder: Path, *, values: str = "float32", without: tuple[str, ...] = (), maps: int = 4) -> Run:
+    """A run with every table but those named in `without`, and so many maps in each layer."""
     run = Run.at(str(folder / "run"))
     run.save_model(
         torch.nn.Linear(2, 2),
@@ -51,7 +52,7 @@ def make_run(folder: Path, *, values: str = "float32", without: tuple[str, ...] 
         for epoch in (1, 2, 3):
             metrics.write(run, dict.fromkeys(metrics.METRICS.names, epoch / 4) | {"epoch": epoch, "skipped": 0})
     for layer in LAYERS:
-        write_layer(run, layer, values, without)
+        write_layer(run, layer, values, without, maps)
     if "occlusion" not in without:
         write_occlusion(run)
     if "others" not in without:
@@ -80,8 +81,8 @@ def finish(run: Run, table: str, slice_: str, rows: Any, **of: str) -> None:
 
 
 def write_layer(run: Run, layer: str, values: str, without: tuple[str, ...], maps: int = 4, side: int = 12) -> None:
-    """Map 0 has nine images, map 1 three, map 2 is dead, map 3 has a projection that is zero."""
-    counts = [9, 3, 0, 1][:maps]
+    """Map 0 has nine images, map 1 three, map 2 is dead, map 3 has a projection that is zero; again from 4 on."""
+    counts = list(itertools.islice(itertools.cycle([9, 3, 0, 1]), maps))
     number = np.repeat(np.arange(len(counts)), counts)
     rank = np.concatenate([np.arange(1, count + 1) for count in counts])
     rows = len(rank)

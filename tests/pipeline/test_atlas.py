@@ -23,26 +23,14 @@ import pyarrow.fs as pafs
 import pytest
 from PIL import Image
 
+from docs.generate import tables as declared
 from pipeline import box_loop, metrics, tables
 from pipeline.analyses import (
     ablation,
-    correspondence,
-    dense_maps,
     detection,
-    duplicates,
-    evaluation,
-    evolution_convergence,
-    invariance,
     localization,
-    multilabel,
-    object_occlusion,
-    retrieval,
-    sanity,
     scratch,
-    top9,
     transfer,
-    units,
-    units_comparison,
 )
 from pipeline.atlas import Options, boxes, build, sprites, table_charts
 from pipeline.atlas.charts import bars, chart, histogram
@@ -68,35 +56,7 @@ from tests.pipeline.synthetic import (
     write_whole,
 )
 
-SCHEMAS = {
-    "ablation": ablation.SCHEMA,
-    "evolution_convergence": evolution_convergence.SCHEMA,
-    "metrics": metrics.METRICS,
-    "feature_maps": top9.FEATURE_MAPS,
-    "duplicates": duplicates.SCHEMA,
-    "units": units.SCHEMA,
-    "units_comparison": units_comparison.SCHEMA,
-    "sanity": sanity.SCHEMA,
-    "object_occlusion": object_occlusion.SCHEMA,
-    "class_errors": evaluation.CLASS_ERRORS,
-    "evaluation": evaluation.EVALUATION,
-    "predictions": evaluation.PREDICTIONS,
-    "invariance": invariance.INVARIANCE,
-    "correspondence": correspondence.CORRESPONDENCE,
-    "transfer": transfer.SCHEMA,
-    "scratch": scratch.SCHEMA,
-    "multilabel": multilabel.SCHEMA,
-    "retrieval": retrieval.SCHEMA,
-    "localization": localization.LOCALIZATION,
-    "localization_images": localization.IMAGES,
-    "localization_windows": localization.WINDOWS,
-    "detection": detection.DETECTION,
-    "detection_objects": detection.OBJECTS,
-    "detection_windows": detection.WINDOWS,
-    "detection_curves": detection.CURVES,
-    "detection_classes": detection.CLASSES,
-    "dense_maps": dense_maps.SCHEMA,
-}
+SCHEMAS = {name: table.schema for name, table in declared.found().items()}
 
 # --- reading pages ------------------------------------------------------------------------------------------------
 
@@ -183,6 +143,29 @@ def test_every_link_resolves_and_none_leaves_the_run(site: Path) -> None:
             assert site.parents[1] in target.parents
             if parts.fragment:
                 assert parts.fragment in pages[target].identities, f"{page.path}: {link}"
+
+
+def test_a_page_loads_less_than_a_megabyte_at_first_and_its_pictures_when_they_are_seen(tmp_path: Path) -> None:
+    maps = 64
+    index = built(make_run(tmp_path, without=("others",), maps=maps))
+    assert loaded_at_first(index) < 1e6
+    layer = index.parent / "layers" / "conv1.html"
+    alone = loaded_at_first(index.parent / "tables" / "metrics.html")
+    assert (loaded_at_first(layer) - alone) * 384 / maps < 1e6 - alone  # of ZFNet's widest layer
+    for page in (index, layer, index.parent / "images.html"):
+        pictures = re.findall(r"<img [^>]*>", page.read_text())
+        assert pictures
+        assert all('loading="lazy"' in picture for picture in pictures), page
+
+
+def loaded_at_first(page: Path) -> int:
+    """Bytes of a page, its style and script, and of those pictures that do not wait until they are seen."""
+    source = page.read_text()
+    tags = re.findall(r"<(?:img|image|script|link)\b[^>]*>", source)
+    eager = [tag for tag in tags if 'loading="lazy"' not in tag and "data:," not in tag and 'rel="icon"' not in tag]
+    named = {unquote(html.unescape(name)) for tag in eager for name in re.findall(r'(?:href|src)="([^"]+)"', tag)}
+    assert len(named) >= 2  # style and script
+    return len(source.encode()) + sum((page.parent / name).stat().st_size for name in named)
 
 
 def test_no_string_of_the_tables_becomes_markup_or_script(site: Path) -> None:
