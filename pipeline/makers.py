@@ -25,6 +25,7 @@ _OTHERWISE_CALLED = {
     "localization_windows": "localize",
     "detection": "detect",
     "detection_objects": "detect",
+    "detection_windows": "detect",
     "detection_curves": "detect",
     "detection_classes": "detect",
     "units_comparison": "units",
