@@ -343,7 +343,9 @@ def test_a_full_disk_ends_the_pages_and_the_same_command_finishes_them(undisturb
 
 def test_the_page_that_is_named_last_is_there(undisturbed):
     done = sound(shell.run("atlas", "--run", undisturbed))
-    assert Path(done.out.splitlines()[-1].rpartition(": ")[2]) == undisturbed / "atlas" / "index.html"
+    *_, finished, following = done.out.splitlines()
+    assert Path(finished.rpartition(": ")[2]) == undisturbed / "atlas" / "index.html"
+    assert following.startswith("next: python jobs/figures.py --run")
     assert (undisturbed / "atlas" / "index.html").is_file()
 
 
