@@ -233,7 +233,7 @@ def crp(run: str, data: str, options: argparse.Namespace) -> tuple[dict[int, flo
             return preprocessing.normalise(decode([data_bytes[place]], size))[0], 0
 
     rates, swept = {}, []
-    for batch in (8, 32) if options.quick else (1, 8, 16, 32, 64):
+    for batch in (8, 32) if options.quick else (8, 16, 32, 64):
         swept.append(len(data_bytes) / clock(lambda: _sweep(actor)))
         actor.work.location.delete()
         torch.set_num_threads(options.threads)
