@@ -31,6 +31,9 @@ OBJECT_STORE_BYTES = 512 * 2**20
 PARTS_AT_ONCE = 2
 """Of one actor: while the last batches of a part are waited for and its rows committed, the next one begins."""
 
+MOST_BLOCKS = 2000
+"""Into which Ray Data cuts the list of parts: each costs the driver time and memory. One goes to an actor."""
+
 TASKS_AT_ONCE = 16
 """At most, and two for each CPU of the cluster: results of tasks that are under way or wait for the driver. Its memory
 and the object store hold no more."""
@@ -372,7 +375,7 @@ def map_parts(parts: list[dict[str, Any]], *stages: Stage) -> Iterator[Any]:
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False  # the job says itself how far it is
     context.print_on_execution_start = False
-    dataset = ray.data.from_items(parts, override_num_blocks=len(parts))
+    dataset = ray.data.from_items(parts, override_num_blocks=min(len(parts), MOST_BLOCKS))
     for stage in stages:
         dataset = _through(dataset, stage, len(parts))
     yield from dataset.iter_rows()

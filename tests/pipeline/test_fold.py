@@ -102,3 +102,12 @@ def test_an_error_in_a_task_is_in_our_own_words(ray_cluster):
 def test_a_task_that_kills_its_workers_ends_the_fold_with_what_to_do(ray_cluster):
     with pytest.raises(CannotSchedule, match="lost again and again .+ --workers.num 0"):
         list(cluster.in_tasks(lambda _: os._exit(1), ["x"]))
+
+
+def test_parts_that_go_to_an_actor_together_are_the_same(make_run, make_shards, ray_cluster, tmp_path, monkeypatch):
+    data, run, other = make_shards(val=UNEQUAL), make_run(), tmp_path / "other"
+    shutil.copytree(run, other)
+    sweep_top9(run, data, num=0)
+    monkeypatch.setattr(cluster, "MOST_BLOCKS", 5)
+    sweep_top9(other, data, num=1)
+    assert_same(run, other, "top9", "feature_maps", "maxima")
