@@ -1,6 +1,6 @@
 """A disk that is full in the middle of a job: a clean message, nothing half written, and the same command goes on.
 
-A real file system of a few MB in memory, of which a file takes all but a drawn number of bytes.
+A real file system of 256 MB in memory, of which a file takes all but a drawn number of bytes.
 """
 
 import os
@@ -35,7 +35,7 @@ def disk(tmp_path):
     folder = tmp_path / "disk"
     folder.mkdir()
     made = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(folder)], capture_output=True, text=True, check=False
+        ["mount", "-t", "tmpfs", "-o", "size=256m", "tmpfs", str(folder)], capture_output=True, text=True, check=False
     )
     if made.returncode:
         pytest.skip(f"a file system cannot be mounted here: {made.stderr.strip()}")
