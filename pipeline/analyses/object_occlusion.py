@@ -149,11 +149,7 @@ def map_batch(context: Context, state: None, batch: Batch) -> pa.Table:
     config: Config = context.config
     rng = _generator(config.seed, picture.sample.key)
     size = context.model.preprocessing.crop_px
-    box = _object(context, picture)
-    part = None if box is None or box.area == size**2 else shrunk(box, size)
-    hidden = []
-    if box is not None and part is not None:
-        hidden = [mask(part, size), *elsewhere(box, part.area, size, config.places, rng)]
+    box, part, hidden = _hidden(context, picture, rng)
     layer, feature_map, projection = _strongest(context, batch.x)
     seen, side = support(projection, config.support), Grid.of(size).occluder_px
     inside, outside = (squares_on(places, side, config.places, rng) for places in (seen, ~seen))
@@ -195,6 +191,16 @@ def map_batch(context: Context, state: None, batch: Batch) -> pa.Table:
         "outside_drop": _mean(beside[len(inside) :]),
     }
     return tables.conform({name: [value] for name, value in row.items()}, SCHEMA)
+
+
+def _hidden(context: Context, picture: Picture, rng: np.random.Generator) -> tuple[Box | None, Box | None, list[Mask]]:
+    """The object's box, what of it is hidden, and what is hidden in turn: that, then places elsewhere."""
+    size = context.model.preprocessing.crop_px
+    box = _object(context, picture)
+    part = None if box is None or box.area == size**2 else shrunk(box, size)
+    if box is None or part is None:
+        return box, part, []
+    return box, part, [mask(part, size), *elsewhere(box, part.area, size, context.config.places, rng)]
 
 
 def _generator(seed: int, key: str) -> np.random.Generator:

@@ -82,8 +82,8 @@ class Means:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Spread:
-    """How many rows lie in each tenth of the range of `value`, a curve for each value of `by`."""
+class _ValueBy:
+    """A chart of one column, for each value of another."""
 
     title: str
     value: str
@@ -93,6 +93,10 @@ class Spread:
     def columns(self) -> list[str]:
         """What is read."""
         return [self.value, self.by]
+
+
+class Spread(_ValueBy):
+    """How many rows lie in each tenth of the range of `value`, a curve for each value of `by`."""
 
     def draw(self, frame: pd.DataFrame) -> list[Chart]:
         """One chart, at the middles of the tenths."""
@@ -108,18 +112,8 @@ class Spread:
         return _drawn([chart(self.title, curves, axis=self.value.replace("_", " "), percent=True)])
 
 
-@dataclass(frozen=True, kw_only=True)
-class Shares:
+class Shares(_ValueBy):
     """The share of each value of `value`, over all rows and for each value of `by`."""
-
-    title: str
-    value: str
-    by: str
-
-    @property
-    def columns(self) -> list[str]:
-        """What is read."""
-        return [self.value, self.by]
 
     def draw(self, frame: pd.DataFrame) -> list[Bars]:
         """One table of bars."""

@@ -144,7 +144,8 @@ def _errors(rows: Rows) -> Iterator[Cell]:
         networks = 1 + len(row["with_model_ids"])
         about = f", average of {networks} networks" if networks > 1 else ""
         name = f"this run, {row['split']}, {_VIEWS.get(row['views'], row['views'])}, {row['images']} images{about}"
-        yield from zip(itertools.repeat(name), _ERRORS, map(_percent, (row["top1_error"], row["top5_error"])))
+        for head, error in zip(_ERRORS, ("top1_error", "top5_error"), strict=True):
+            yield name, head, _percent(row[error])
 
 
 def _ablation(rows: Rows) -> Iterator[Cell]:
