@@ -200,9 +200,9 @@ class Seen:
     boxes: Edges
     """[W, 4], or [W, C, 4] of a regressor for each class; cut to the image."""
 
-    def of(self, class_: int) -> Edges:
-        """The boxes [W, 4] for one class."""
-        return self.boxes if self.boxes.ndim == 2 else self.boxes[:, class_]
+    def of(self, classes: int | Ints, windows: slice | Ints = slice(None)) -> Edges:
+        """The boxes [W, 4] of all windows, or of these, for one class, or for each window's own of `classes`."""
+        return self.boxes[windows] if self.boxes.ndim == 2 else self.boxes[windows, classes]
 
 
 View = tuple[Pixels, Crop]

@@ -209,9 +209,8 @@ def sure_windows(seen: Sequence[Seen], classes: Ints, least: float) -> dict[str,
         confidences = one.confidences[:, classes]
         windows = np.flatnonzero(confidences.max(1) >= least)
         surest = confidences[windows].argmax(1)
-        boxes = one.boxes[windows] if one.boxes.ndim == 2 else one.boxes[windows, classes[surest]]
-        scales = np.full(len(windows), one.scale)
-        told.append((scales, classes[surest], confidences[windows, surest], one.windows[windows], boxes))
+        scales, of = np.full(len(windows), one.scale), classes[surest]
+        told.append((scales, of, confidences[windows, surest], one.windows[windows], one.of(of, windows)))
     if not told:
         return {name: [] for name in _COLUMNS}
     return {name: np.concatenate(some).ravel() for name, some in zip(_COLUMNS, zip(*told, strict=True), strict=True)}
