@@ -31,7 +31,7 @@ from pipeline.runs import Run
 from zfnet.deconv import Semantics
 from zfnet.images import Preprocessing
 
-HOSTILE = '<script>alert("x")</script>\n\'&"</script><!-- \u202e\u05e9\u05dc\u05d5\u05dd 🦊 {{ 7*7 }} ../../etc'
+HOSTILE = '<script>alert("x")</script>\n\'&"</script><!-- \u202e\u05e9\u05dc\u05d5\u05dd 🦊 {{ 7919*7927 }} ../../etc'
 CLASSES = ("cat", HOSTILE, "dog", 'a"onerror=alert(1) x="')
 SIDE = 32
 LAYERS = ("conv1", "features.10", 'Odd <b>&"layer#1?')

@@ -176,7 +176,7 @@ def test_no_string_of_the_tables_becomes_markup_or_script(site: Path) -> None:
         assert page.script_text == ""
         assert not {name for name in page.attributes if name.startswith("on") or name == "style"}
         assert "<script>alert" not in page.path.read_text()
-        assert "49" not in page.text or "{{ 7*7 }}" in page.text
+        assert "62773913" not in page.text  # the product: no template of ours renders a string of the tables
         seen += HOSTILE in page.text
     assert seen >= 25
 
