@@ -45,6 +45,7 @@ from zfnet.models.heads import EDGES, HeadedNetwork, initialise_heads
 BACKGROUND = "background"
 """Name of the class that a detector has beside those of its classifier."""
 Mining = Literal["random", "offending", "both"]
+Learns = Literal["regressor", "all"]
 IGNORED = -1
 """Label of a window that is no example."""
 _MEAN = "preprocessing.mean"
@@ -81,6 +82,8 @@ class BoxPlan(Plan):
     """Of which a view is drawn, 1 to 6."""
     stride: Stride
     """Of the windows."""
+    stretch: float
+    """How much higher and wider than its scale's an image may be."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,6 +94,8 @@ class LocalizerPlan(BoxPlan):
     """Least share of a box that a window must see to be trained on it."""
     filled: float
     """Least share of the window that the box must cover."""
+    learns: Learns
+    """The regressor on frozen features, or all of the network, the classes of its windows too."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,6 +139,7 @@ class Views(Dataset[Any]):
     windows: Edges
     about: float
     """Share of the views that are drawn about an object."""
+    stretch: float
     label: Callable[[Edges, Edges, Ints], tuple[Ints, Ints]]
     """Windows, boxes, their labels -> label of each window, and which box it is of, or -1."""
     context: bool
@@ -177,7 +183,7 @@ class Views(Dataset[Any]):
             skipped.append(Skipped(sample.shard, sample.key, f"box_{reason}", str(entry)))
         digest = hashlib.blake2b(f"{self.seed} {epoch} {sample.key}".encode("utf-8", "surrogatepass"), digest_size=8)
         rng = np.random.default_rng(int.from_bytes(digest.digest(), "little"))
-        view = training_view(image, objects.boxes, self.sides_px, self.side_px, self.about, rng)
+        view = training_view(image, objects.boxes, self.sides_px, self.side_px, self.about, self.stretch, rng)
         label, nearest = self.label(self.windows, view.boxes, objects.labels)
         edges = np.zeros((len(self.windows), EDGES))
         edges[nearest >= 0] = into_frame(view.boxes[nearest[nearest >= 0]], self.windows[nearest >= 0])
@@ -228,6 +234,7 @@ class BoxTrainer(Trainer):
             self.side_px,
             self.windows,
             self.about,
+            self.plan.stretch,
             self._label,
             getattr(self.network, "context", None) is not None,
             self.require_boxes,
@@ -312,8 +319,12 @@ class LabelBoxes:
         return np.append(labels, IGNORED)[nearest], nearest
 
 
+EDGES_WEIGHT = 25.0
+"""Of a box's squared distance beside the cross-entropy of its class, where both are learned."""
+
+
 class LocalizerTrainer(BoxTrainer):
-    """The regressor is trained; all else stays as the source has it (OverFeat 4.2)."""
+    """The regressor is trained, and all else stays as the source has it (OverFeat 4.2), or is trained with it."""
 
     plan: LocalizerPlan
     network: HeadedNetwork
@@ -327,10 +338,9 @@ class LocalizerTrainer(BoxTrainer):
         assert network.regressor is not None
         initialise_heads(network, self.plan.seed)
         network.load_state_dict(self.source.network.state_dict(), strict=False)
-        for parameter in network.parameters():
-            parameter.requires_grad_(False)
-        for parameter in network.regressor.parameters():
-            parameter.requires_grad_(True)
+        for name, parameter in network.named_parameters():
+            everything = self.plan.learns == "all" and not name.startswith("context.")
+            parameter.requires_grad_(everything or name.startswith("regressor."))
         return network
 
     def _optimizer(self, trained: list[nn.Parameter]) -> torch.optim.Optimizer:
@@ -338,20 +348,28 @@ class LocalizerTrainer(BoxTrainer):
         return torch.optim.Adam(trained, lr=self.recipe.lr, weight_decay=self.recipe.weight_decay)
 
     def _module(self) -> nn.Module:
-        return RegressedWindows(self.network, self.plan.stride)
+        return RegressedWindows(self.network, self.plan.stride, scored=self.plan.learns == "all")
 
     @property
     def _label(self) -> LabelBoxes:
         return LabelBoxes(self.plan.in_view, self.plan.filled)
 
     def _losses(self, outputs: Tensor, batch: Windows) -> tuple[Tensor, Tensor]:
-        """The squared distance of the four edges; a window has a right box at an overlap of one half."""
+        """The squared distance of the four edges and, where it is learned, the class's cross-entropy.
+
+        A window has a right box at an overlap of one half.
+        """
         label, edges = batch.label.to(self.device), batch.edges.to(self.device, outputs.dtype)
         counts = label >= 0
-        outputs = outputs.unflatten(2, (-1, EDGES))[counts]
-        of = label[counts] if outputs.shape[1] > 1 else torch.zeros_like(label[counts])
-        said = outputs[torch.arange(len(of), device=of.device), of]
-        return (said - edges[counts]).square().sum(1), _iou(said.detach(), edges[counts]) >= 0.5
+        outputs, label, edges = outputs[counts], label[counts], edges[counts]
+        classes = len(self.classes) if self.plan.learns == "all" else 0
+        boxes = outputs[:, classes:].unflatten(1, (-1, EDGES))
+        of = label if boxes.shape[1] > 1 else torch.zeros_like(label)
+        said = boxes[torch.arange(len(of), device=of.device), of]
+        losses = (said - edges).square().sum(1)
+        if classes:
+            losses = EDGES_WEIGHT * losses + F.cross_entropy(outputs[:, :classes], label, reduction="none")
+        return losses, _iou(said.detach(), edges) >= 0.5
 
 
 def _iou(one: Tensor, other: Tensor) -> Tensor:
@@ -362,19 +380,19 @@ def _iou(one: Tensor, other: Tensor) -> Tensor:
 
 
 class RegressedWindows(nn.Module):
-    """Images -> what the regressor says of every window; the features beneath it are those of evaluation."""
+    """Images -> the class scores of every window, where they are learned, and what the regressor says of it."""
 
-    def __init__(self, network: HeadedNetwork, stride: Stride) -> None:
+    def __init__(self, network: HeadedNetwork, stride: Stride, scored: bool) -> None:
         super().__init__()
         assert network.regressor is not None
-        self.regressor, self.stride = network.regressor, stride
+        self.network, self.regressor, self.stride, self.scored = network, network.regressor, stride, scored
         self._sliding = Sliding(network)
 
     def forward(self, x: Tensor, lower: Tensor, nearest: Tensor) -> Tensor:
         """[N, outputs, rows, cols]"""
-        with torch.no_grad():
-            pooled = self._sliding.pooled(x, self.stride)
-        return slide(self.regressor, pooled)
+        pooled = self._sliding.pooled(x, self.stride)
+        found = slide(self.regressor, pooled)
+        return torch.cat([self._sliding.scores(pooled), found], 1) if self.scored else found
 
 
 @dataclass(frozen=True)

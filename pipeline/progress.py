@@ -24,8 +24,16 @@ def say(message: str) -> None:
     sys.stdout.flush()
 
 
-def suggest(command: str, **given: str) -> None:
-    """Keep what a user may want next, "top9.py --run {run}"; what was kept last is printed when the job has ended."""
+def suggest(command: str, index: str | None = None, **given: str) -> None:
+    """Keep what a user may want next, "top9.py --run {run}"; what was kept last is printed when the job has ended.
+
+    Args:
+        command: with the names of what is given in braces.
+        index: folder of the index of `data`, where it is not in the folder of the shards.
+        given: what stands for each name.
+    """
+    if index is not None:
+        command, given = command.replace("{data}", "{data} --index {index}"), {**given, "index": index}
     _suggested[:] = ["python jobs/" + command.format(**{name: shlex.quote(value) for name, value in given.items()})]
 
 

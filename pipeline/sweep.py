@@ -66,7 +66,7 @@ def run(analysis: Analysis, options: Options, config: Any) -> int:
         clear_finished(context, analysis)
         for line in analysis.report(context.run, context.name):
             say(line)
-        suggest(analysis.then, run=given.run, data=given.data)
+        suggest(analysis.then, given.index, run=given.run, data=given.data)
     return status
 
 

@@ -118,7 +118,7 @@ def run(options: Options, label: str = "train") -> int:
 
     Raises: RunError, BadShards, StorageError, CannotSchedule, SweepFailed, each with a message for the user.
     """
-    suggest("evaluate.py --run {run} --data {data}", run=options.run, data=options.data)
+    suggest("evaluate.py --run {run} --data {data}", options.index, run=options.run, data=options.data)
     return carry_out(options, _plan(options), label=label)
 
 

@@ -18,6 +18,7 @@ from pipeline.box_loop import (
     BoxPlan,
     DetectorPlan,
     DetectorTrainer,
+    Learns,
     LocalizerPlan,
     LocalizerTrainer,
     Mining,
@@ -32,6 +33,7 @@ from zfnet import models
 from zfnet.dense import Sliding, Stride, require_scales
 from zfnet.recipe import Recipe
 
+_MOST_STRETCH = 4.0
 _LOOKED_AT = 64  # samples of the training split, in which at least one usable box must be
 
 
@@ -51,6 +53,8 @@ class Options:
     """Scales of which a training view is drawn."""
     stride: Stride = "fine"
     """Windows that are trained on: with every offset of the last pool, or the first alone."""
+    stretch: float = 1.0
+    """How much higher and wider than its scale's an image of a view may be, each drawn on its own; 1: not at all."""
     batch: int = 32
     """Views of a step, over all workers."""
     seed: int = 0
@@ -82,6 +86,9 @@ class Localizer(Options):
 
     boxes: Literal["shared", "per-class"] = "shared"
     """One regressor for all classes, which gave the paper's best results, or one for each."""
+    learns: Learns = "regressor"
+    """What is trained: the regressor alone on frozen features, as in the paper, or all of the network, which goes on
+    learning the classes of its windows beside the boxes."""
     in_view: float = 0.5
     """Least share of an object's box that a window must see to be trained on it."""
     filled: float = 0.0
@@ -127,8 +134,9 @@ def run_localizer(options: Localizer) -> int:
     kept = [head for head in heads if head == "context"]
     architecture = "+".join([base, *kept, "boxes" if options.boxes == "shared" else "class-boxes"])
     known = _plan(options, model, architecture, _recipe(options))
-    plan = LocalizerPlan(**known, in_view=options.in_view, filled=options.filled)
-    suggest("localize.py --run {run} --data {data}", run=options.run, data=options.data)
+    own = ("in_view", "filled", "learns")
+    plan = LocalizerPlan(**known, **{name: getattr(options, name) for name in own})
+    suggest("localize.py --run {run} --data {data}", options.index, run=options.run, data=options.data)
     return train.carry_out(options.places(), plan, LocalizerTrainer, _told)
 
 
@@ -146,7 +154,8 @@ def run_detector(options: Detector) -> int:
     architecture = model.architecture + ("+context" if options.context == "lower" else "")
     known = _plan(options, model, architecture, _recipe(options))
     plan = DetectorPlan(**known, negatives=options.negatives, mining=options.mining)
-    suggest("train_localizer.py --from {run} --run BOXES --data {data}", run=options.run, data=options.data)
+    then = "train_localizer.py --from {run} --run BOXES --data {data}"
+    suggest(then, options.index, run=options.run, data=options.data)
     return train.carry_out(options.places(), plan, DetectorTrainer, _told)
 
 
@@ -170,6 +179,8 @@ def _plan(options: Options, model: Model, architecture: str, recipe: Recipe) -> 
         require_scales(options.scales)
     except ValueError as error:
         raise RunError(f"--{error}") from None
+    if not 1 <= options.stretch <= _MOST_STRETCH:
+        raise RunError(f"--stretch is {options.stretch}: give 1, for none, to {_MOST_STRETCH:g}")
     if options.seed < 0:
         raise RunError(f"--seed is {options.seed}: give 0 or more")
     rows = index.split(options.train_split)
@@ -197,6 +208,7 @@ def _plan(options: Options, model: Model, architecture: str, recipe: Recipe) -> 
         source_model_id=model.model_id,
         scales=options.scales,
         stride=options.stride,
+        stretch=options.stretch,
     )
     return {**asdict(common), "recipe": recipe}
 

@@ -241,12 +241,20 @@ def _bound(width: int, height: int) -> None:
         raise BadImage("too_large", f"{width} x {height} px, at most {MAX_PIXELS} pixels are decoded")
 
 
-def resize(image: Image.Image, smallest_side_px: int) -> Image.Image:
+def resize(image: Image.Image, smallest_side_px: int, stretch: tuple[float, float] = (1.0, 1.0)) -> Image.Image:
     """The image with its smallest side at `smallest_side_px` (bilinear, antialiased), as torchvision's Resize.
+
+    Args:
+        image: RGB.
+        smallest_side_px: of the image before it is stretched.
+        stretch: what its height and its width are multiplied by besides.
 
     Raises: BadImage("too_large") where a very long image would become too large.
     """
-    return _resize(image, _resized(image.width, image.height, smallest_side_px))
+    width, height = _resized(image.width, image.height, smallest_side_px)
+    size = round(width * stretch[1]), round(height * stretch[0])
+    _bound(*size)
+    return _resize(image, size)
 
 
 def _resized(width: int, height: int, smallest_side_px: int) -> tuple[int, int]:

@@ -62,7 +62,7 @@ class TrainingView:
     """uint8 [side, side, 3]"""
     boxes: Edges
     smallest_px: int
-    """What the image's smallest side was resized to."""
+    """What the image's smallest side was resized to, but for the stretch."""
     place: Edges
     """[4] the square's edges as shares of the image's height and width."""
     mirrored: bool
@@ -74,12 +74,14 @@ def training_view(
     sides_px: Sequence[int],
     side_px: int,
     about: float,
+    stretch: float,
     rng: np.random.Generator,
 ) -> TrainingView:
     """A square of the image at a scale drawn from `sides_px`, mirrored half the time.
 
     The paper trains on whole images at each scale. Squares of one size go through the network together, whatever the
     proportions of their images. None leaves its image: in no window that is looked at later is there anything else.
+    Where there are few images, the stretch makes other views of them: objects of other sizes, proportions and places.
 
     Args:
         image: RGB.
@@ -87,12 +89,14 @@ def training_view(
         sides_px: what its smallest side may be resized to.
         side_px: of the square, at most the smallest of these.
         about: share of the squares that are drawn about the middle of one of the objects; the others lie anywhere.
+        stretch: what height and width are multiplied by at most, each by a factor of its own from 1 on; 1: the scale's.
         rng: decides all.
 
     Raises: BadImage where the image would become too large.
     """
     smallest_px = int(rng.choice(np.asarray(sides_px)))
-    resized = images.resize(image, smallest_px)
+    down, across = stretch ** rng.random(2) if stretch > 1 else (1.0, 1.0)
+    resized = images.resize(image, smallest_px, (down, across))
     lengths = np.array([resized.height, resized.width])
     boxes = boxes * np.tile(lengths / (image.height, image.width), 2)
     held = rng.random() < about and len(boxes) > 0
@@ -342,8 +346,8 @@ def top_classes(seen: Seen, k: int, background: int | None) -> list[int]:
     return [int(class_) for class_ in order if class_ != background]
 
 
-def first_of_each_class(found: Found, k: int) -> Found:
-    """Localisation's guesses: the best box of each class, the best k classes."""
-    _, first = np.unique(found.classes, return_index=True)
-    places = np.sort(first)[:k]
+def best_guesses(found: Found, k: int, of_a_class: int) -> Found:
+    """Localisation's guesses: the k boxes of the highest scores, of each class its best `of_a_class` at most."""
+    better = [int((found.classes[:place] == class_).sum()) for place, class_ in enumerate(found.classes)]
+    places = np.flatnonzero(np.array(better, np.int64) < of_a_class)[:k]
     return Found(*(getattr(found, name)[places] for name in ("classes", "scores", "boxes", "windows")))

@@ -24,7 +24,7 @@ from pipeline.context import Context
 from pipeline.runs import Run, named, require_at_least_one
 from pipeline.storage import Location
 from zfnet.detection import RIGHT
-from zfnet.localization import Found, Looker, Seen, first_of_each_class, merged, top_classes
+from zfnet.localization import Found, Looker, Seen, best_guesses, merged, top_classes
 from zfnet.merging import Edges, iou
 
 
@@ -36,12 +36,14 @@ class Config(Looking):
     """Classes of each scale whose boxes are merged: the paper's k, which it does not give."""
     guesses: int = 5
     """Classes and boxes of an image at most."""
+    of_a_class: int = 1
+    """Of them of the same class at most, each with a box of its own: the contest allows up to five."""
     least: float = 0.05
     """Confidence of a window that takes part."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_at_least_one(self, "classes_per_scale", "guesses")
+        require_at_least_one(self, "classes_per_scale", "guesses", "of_a_class")
         looked.require_confidence(self.least)
 
 
@@ -112,7 +114,7 @@ def map_batch(context: Context, looker: Looker, batch: Batch) -> pa.Table:
     def find(seen: list[Seen]) -> Found:
         classes = [top_classes(one, config.classes_per_scale, background) for one in seen]
         found = merged(seen, classes, config.least, config.threshold, config.average)
-        return first_of_each_class(found, config.guesses)
+        return best_guesses(found, config.guesses, config.of_a_class)
 
     return looked.map_pictures(looker, batch, find, lambda found: found.classes[:1], config.least)
 

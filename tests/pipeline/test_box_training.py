@@ -138,27 +138,48 @@ def test_negatives_are_windows_of_the_background_a_few_of_each_view(classifier, 
     assert (len({tuple(other) for other in others}) > 1) == (mining != "offending")
 
 
-def test_the_loss_is_the_squared_distance_of_the_edges_of_windows_that_show_a_box(classifier, data, tmp_path):
-    given = options(Localizer, tmp_path / "plan", classifier, data, boxes="per-class")
+def localizer(classifier, data, tmp_path, **more):
+    given = options(Localizer, tmp_path / "plan", classifier, data, **more)
+    architecture = "overfeat_fast_small" + ("+class-boxes" if given.boxes == "per-class" else "+boxes")
     model = Run.at(str(classifier)).load_model()
-    known = train_boxes._plan(given, model, "overfeat_fast_small+class-boxes", train_boxes._recipe(given))
-    plan = train_boxes.LocalizerPlan(**known, in_view=0.5, filled=0.0)
-    trainer = train_boxes.LocalizerTrainer(
-        plan, rank=0, world=1, device="cpu", decoders=0, checkpoint_steps=100, keep_epochs=()
-    )
+    known = train_boxes._plan(given, model, architecture, train_boxes._recipe(given))
+    own = {name: getattr(given, name) for name in ("in_view", "filled", "learns")}
+    return train_boxes.LocalizerTrainer(train_boxes.LocalizerPlan(**known, **own), **PLACE)
+
+
+@pytest.mark.parametrize("learns", ["regressor", "all"])
+def test_the_loss_is_that_of_the_windows_that_show_a_box(classifier, data, tmp_path, learns):
+    trainer = localizer(classifier, data, tmp_path, boxes="per-class", learns=learns)
+    trainer.classes = ("a", "b")
     generator = torch.Generator().manual_seed(0)
-    outputs, edges = torch.rand(2, 3, 2 * 4, generator=generator), torch.rand(2, 3, 4, generator=generator)
+    scores = torch.randn(2, 3, 2, generator=generator)
+    boxes, edges = (torch.rand(2, 3, count, generator=generator) for count in (2 * 4, 4))
     label = torch.tensor([[0, -1, 1], [1, 1, -1]])
     batch = Windows(*(torch.empty(0),) * 1, label, edges, torch.empty(0), torch.empty(0), [])
-    losses, right = trainer._losses(outputs, batch)
-    expected = [
-        ((outputs[n, w, 4 * label[n, w] : 4 * label[n, w] + 4] - edges[n, w]) ** 2).sum()
-        for n in range(2)
-        for w in range(3)
-        if label[n, w] >= 0
-    ]
+    losses, right = trainer._losses(torch.cat([scores, boxes], 2) if learns == "all" else boxes, batch)
+    expected = []
+    for n, w in (label >= 0).nonzero().tolist():
+        said, wanted = boxes[n, w].view(2, 4)[label[n, w]], edges[n, w]
+        distance = ((said - wanted) ** 2).sum()
+        named = -scores[n, w].log_softmax(0)[label[n, w]]
+        expected.append(25 * distance + named if learns == "all" else distance)
     torch.testing.assert_close(losses, torch.stack(expected))
     assert right.shape == (4,)
+
+
+def test_all_of_the_network_learns_where_it_is_asked_to(classifier, data, tmp_path):
+    run, stopped = tmp_path / "all", tmp_path / "scored"
+    assert train(Localizer, run, classifier, data, learns="all", stretch=1.5) == 0
+    before, after = tensors(classifier), tensors(run)
+    assert not any(torch.equal(after[name], tensor) for name, tensor in before.items())
+    found = metrics(run)
+    assert found.train_loss.iloc[1] < found.train_loss.iloc[0]
+    with pytest.raises(RunError, match=r"holds another training .*learns: 'all' there, asked 'regressor'"):
+        train(Localizer, run, classifier, data, stretch=1.5)
+    context = tmp_path / "context"
+    assert train(Detector, context, classifier, data, context="lower", epochs=1) == 0
+    assert train(Localizer, stopped, context, data, learns="all", epochs=1) == 0
+    assert torch.equal(tensors(stopped)["context.weight"], tensors(context)["context.weight"])
 
 
 def test_overlaps_in_training_are_those_of_the_tables():
@@ -199,6 +220,7 @@ def test_what_cannot_be_used_is_listed_and_the_rest_trains(classifier, tmp_path)
         (Localizer, {"batch": 500}, "--batch is 500, and the split 'train' holds 24 images"),
         (Localizer, {"in_view": 1.5}, "--in-view is 1.5"),
         (Localizer, {"filled": -0.1}, "--filled is -0.1"),
+        (Localizer, {"stretch": 0.5}, "--stretch is 0.5: give 1, for none, to 4"),
         (Localizer, {"seed": -1}, "--seed is -1"),
         (Localizer, {"lr": 0.0}, "lr is 0.0; expected more than 0"),
         (Detector, {"negatives": 0}, "--negatives is 0"),

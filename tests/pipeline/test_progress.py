@@ -49,6 +49,9 @@ def test_the_last_suggestion_is_said_with_its_options_quoted(capsys, monkeypatch
     progress.say_suggestion()
     assert capsys.readouterr().out == ""
     progress.suggest("deconv.py --run {run} --data {data}", run="runs/a", data="shards/a")
-    progress.suggest("atlas.py --run {run}", run="my runs/a", data="shards/a")
+    progress.suggest("deconv.py --data {data} --run {run}", "an index", run="runs/a", data="shards/a")
+    progress.say_suggestion()
+    assert capsys.readouterr().out == "next: python jobs/deconv.py --data shards/a --index 'an index' --run runs/a\n"
+    progress.suggest("atlas.py --run {run}", "an index", run="my runs/a", data="shards/a")
     progress.say_suggestion()
     assert capsys.readouterr().out == "next: python jobs/atlas.py --run 'my runs/a'\n"

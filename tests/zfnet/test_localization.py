@@ -15,7 +15,7 @@ from zfnet.localization import (
     LOOKED_AT,
     Looker,
     Seen,
-    first_of_each_class,
+    best_guesses,
     into_frame,
     lower_view,
     merged,
@@ -113,13 +113,14 @@ def test_frames_are_those_of_the_window_and_back(box, window):
 # --------------------------------------------------------------------------------------------------------------- views
 
 
+@pytest.mark.parametrize("stretch", [1.0, 1.7])
 @pytest.mark.parametrize("seed", range(12))
-def test_a_training_view_moves_the_boxes_with_the_pixels(seed):
-    """A white object on black is found where its box says, mirrored or not, whatever the scale."""
+def test_a_training_view_moves_the_boxes_with_the_pixels(seed, stretch):
+    """A white object on black is found where its box says, mirrored or not, whatever the scale and the stretch."""
     rng = np.random.default_rng(seed)
     pixels = np.zeros((90, 140, 3), np.uint8)
     pixels[30:60, 40:80] = 255
-    seen = training_view(Image.fromarray(pixels), edges([[30, 40, 60, 80]]), (77, 93, 141), 77, 1.0, rng)
+    seen = training_view(Image.fromarray(pixels), edges([[30, 40, 60, 80]]), (77, 93, 141), 77, 1.0, stretch, rng)
     rows, cols = np.nonzero(seen.pixels[:, :, 0] > 127)
     top, left, bottom, right = np.clip(seen.boxes[0], 0, 77)
     assert seen.pixels.shape == (77, 77, 3)
@@ -135,7 +136,7 @@ def test_a_training_view_moves_the_boxes_with_the_pixels(seed):
 def test_views_are_of_every_scale_mirrored_half_the_time_and_repeatable():
     def draw(seed, about=1.0):
         rng = np.random.default_rng(seed)
-        return training_view(picture(), edges([[0, 0, 30, 40]]), (77, 173), 77, about, rng)
+        return training_view(picture(), edges([[0, 0, 30, 40]]), (77, 173), 77, about, 1.0, rng)
 
     seen = [draw(seed) for seed in range(60)]
     assert {one.smallest_px for one in seen} == {77, 173}
@@ -146,12 +147,29 @@ def test_views_are_of_every_scale_mirrored_half_the_time_and_repeatable():
     assert any((one.boxes[:, 2:] < 0).any() for one in (draw(seed, 0.0) for seed in range(20)))  # anywhere
 
 
+def test_stretched_views_show_objects_of_other_sizes_and_proportions():
+    """Height and width are each drawn between the scale's and so many times it, evenly on a logarithmic scale."""
+
+    def size(seed, stretch):
+        rng = np.random.default_rng(seed)
+        box = training_view(picture(100, 100), edges([[40, 40, 60, 60]]), (77,), 77, 1.0, stretch, rng).boxes[0]
+        return (box[2:] - box[:2]) / (0.2 * 77)
+
+    drawn = np.log([size(seed, 2.0) for seed in range(200)]) / np.log(2)
+    assert -0.02 < drawn.min() < 0.05
+    assert 0.95 < drawn.max() < 1.02
+    assert np.abs(drawn.mean(0) - 0.5).max() < 0.07
+    assert abs(np.corrcoef(drawn.T)[0, 1]) < 0.2
+    assert size(0, 1.0).tolist() == pytest.approx([1, 1])
+
+
+@pytest.mark.parametrize("stretch", [1.0, 1.3])
 @pytest.mark.parametrize("seed", range(6))
-def test_the_lower_view_shows_the_same_place_smaller(seed):
+def test_the_lower_view_shows_the_same_place_smaller(seed, stretch):
     """The view, shrunk, is what the lower view shows where it says that the view lies, at a border too."""
     rng = np.random.default_rng(seed)
     image = picture(160, 200)
-    seen = training_view(image, edges([[0, 0, 60, 80]]), (154,), 77, 1.0, rng)
+    seen = training_view(image, edges([[0, 0, 60, 80]]), (154,), 77, 1.0, stretch, rng)
     lower, there = lower_view(image, seen, 77)
     assert lower.shape == (77, 77, 3)
     top, left, bottom, right = (round(edge) for edge in there)
@@ -278,15 +296,18 @@ def test_the_classes_of_a_scale_are_those_of_its_strongest_windows():
     assert top_classes(one, 3, 1) == [0, 2, 3]
 
 
-def test_guesses_are_the_best_box_of_each_class():
+def test_guesses_are_the_best_boxes_some_of_each_class():
     confidences = [[0.9, 0.1], [0.3, 0.7], [0.8, 0.2]]
     boxes = [[0, 0, 10, 10], [50, 50, 60, 60], [80, 0, 95, 10]]
     found = merged([seen(1, confidences, boxes)], [[0, 1]], 0.15, 0.5, "confidence")
     assert found.classes.tolist() == [0, 0, 1, 0, 1]
-    guesses = first_of_each_class(found, 5)
+    guesses = best_guesses(found, 5, 1)
     assert guesses.classes.tolist() == [0, 1]
     assert guesses.boxes.tolist() == [[0, 0, 10, 10], [50, 50, 60, 60]]
-    assert len(first_of_each_class(found, 1).classes) == 1
+    assert best_guesses(found, 5, 2).classes.tolist() == [0, 0, 1, 1]
+    assert best_guesses(found, 5, 3).classes.tolist() == found.classes.tolist()
+    assert best_guesses(found, 3, 5).scores.tolist() == found.scores[:3].tolist()
+    assert len(best_guesses(found, 1, 1).classes) == 1
 
 
 def test_refusals_say_what_to_do():
