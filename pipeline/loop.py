@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 import time
 from collections.abc import Iterator
@@ -21,7 +22,7 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from pipeline import checkpoints, metrics, tables
 from pipeline.checkpoints import MEAN, Checkpoint
-from pipeline.mean import statistics
+from pipeline.mean import Statistics, statistics
 from pipeline.runs import Run, RunError
 from pipeline.shards import Index, Skipped
 from pipeline.stream import Examples, Images, labelled, loader, rank_batches
@@ -58,6 +59,19 @@ class Plan:
     """Samples of both splits, those that cannot be used included."""
 
 
+@dataclass(frozen=True)
+class Rehearsal:
+    """What some steps of a training took."""
+
+    steps: int
+    """That were taken."""
+    step_seconds: float
+    validation_seconds: float
+    """Of an image."""
+    weights_bytes: int
+    optimizer_bytes: int
+
+
 class Trainer:
     """One worker's part of a training."""
 
@@ -90,6 +104,7 @@ class Trainer:
         self.step = 0
         self.sums = torch.zeros(4, dtype=torch.float64, device=self.device)  # images, loss, right, skipped
         self.earlier_seconds = 0.0
+        self.rehearsing = False
 
     @property
     def steps(self) -> int:
@@ -113,6 +128,34 @@ class Trainer:
             self._checkpoint(inside=False)
         self._finish()
 
+    def rehearse(self, seconds: float) -> Rehearsal:
+        """Take steps from the first weights on for so long, validate some images, and write nothing.
+
+        The first half of the steps is not clocked: by then the decoders run, and what they had ready is used up.
+        """
+        self.rehearsing = True
+        self._prepare()
+        self.parallel.train()
+        batches = self._training_batches()
+        ends = [time.perf_counter()]
+        while len(ends) <= self.recipe.epochs * self.steps and (len(ends) < 3 or ends[-1] - ends[0] < seconds):
+            self._step(next(batches)).tolist()  # waits for the device
+            ends.append(time.perf_counter())
+        half = (len(ends) - 1) // 2
+        self.validation_rows = self.validation_rows.slice(0, VALIDATION_BATCH)
+        self._validate()  # the decoders start
+        begun = time.perf_counter()
+        self._validate()
+        buffer = io.BytesIO()
+        torch.save(self.optimizer.state_dict(), buffer)
+        return Rehearsal(
+            steps=len(ends) - 1,
+            step_seconds=(ends[-1] - ends[half]) / (len(ends) - 1 - half),
+            validation_seconds=(time.perf_counter() - begun) / self.validation_rows.num_rows,
+            weights_bytes=sum(tensor.nbytes for tensor in self.network.state_dict().values()),
+            optimizer_bytes=buffer.tell(),
+        )
+
     def _error(self, row: dict[str, Any]) -> float:
         """What the learning rate's schedule goes by, of an epoch's metrics."""
         return 1 - float(row["validation_top1"])
@@ -130,7 +173,7 @@ class Trainer:
     def _prepare(self) -> None:
         """Network, preprocessing and optimizer, fresh or from the newest checkpoint."""
         self.network = self._first_network()
-        name = self._newest_checkpoint()
+        name = None if self.rehearsing else self._newest_checkpoint()
         found = checkpoints.read(self.run_directory, name) if name else None
         if self.recipe.dropout is not None:
             recipe.set_dropout(self.network, self.recipe.dropout)
@@ -159,16 +202,7 @@ class Trainer:
         mean = None if found is None else found.tensors.pop(MEAN)
         self.colours = None
         if mean is None or self.recipe.colour != "none":
-            measured = statistics(
-                self.images_index,
-                self.plan.train_split,
-                self.train_rows,
-                resize_px,
-                run=self.run_directory.location,
-                rank=self.rank,
-                world=self.world,
-                decoders=self.decoders,
-            )
+            measured = self._statistics(resize_px)
             if mean is None:
                 mean = measured.mean
                 if self.recipe.smallest_crop is not None:  # a mean for each pixel has no place in a scaled crop
@@ -176,6 +210,21 @@ class Trainer:
             if self.recipe.colour != "none":
                 self.colours = recipe.colour_axes(measured.covariance, self.recipe.colour).numpy()
         self.preprocessing = Preprocessing(resize_px=resize_px, crop_px=self.network.input_px, mean=mean)
+
+    def _statistics(self, resize_px: int) -> Statistics:
+        """Of the training images: one pass over them, but for a rehearsal."""
+        if self.rehearsing:
+            return Statistics(torch.zeros(3, resize_px, resize_px), torch.eye(3, dtype=torch.float64))
+        return statistics(
+            self.images_index,
+            self.plan.train_split,
+            self.train_rows,
+            resize_px,
+            run=self.run_directory.location,
+            rank=self.rank,
+            world=self.world,
+            decoders=self.decoders,
+        )
 
     def _optimizer(self, trained: list[nn.Parameter]) -> torch.optim.Optimizer:
         how = self.recipe

@@ -25,6 +25,7 @@ from pipeline.checkpoints import EVOLUTION, claim_of
 from pipeline.cluster import Workers
 from pipeline.errors import FORESEEN, SweepFailed
 from pipeline.loop import Plan, Trainer, describe
+from pipeline.plan_training import forecast
 from pipeline.progress import EXIT_SKIPPED, bar, clock, say, suggest
 from pipeline.runs import Run, RunError, clear, require_visible
 from pipeline.sources.default import DEFAULT, shards_or_default
@@ -107,6 +108,8 @@ class Options(Common):
     """Run directory to write: a local path, s3:// or gs://."""
     architecture: str = "zfnet_small"
     """Network, by name."""
+    plan: bool = False
+    """Forecast steps, hours and storage from a few steps, and do nothing else."""
 
 
 def run(options: Options, label: str = "train") -> int:
@@ -118,8 +121,10 @@ def run(options: Options, label: str = "train") -> int:
 
     Raises: RunError, BadShards, StorageError, CannotSchedule, SweepFailed, each with a message for the user.
     """
-    suggest("evaluate.py --run {run} --data {data}", options.index, run=options.run, data=options.data)
-    return carry_out(options, _plan(options), label=label)
+    status = carry_out(options, _plan(options), label=label)
+    if not options.plan:
+        suggest("evaluate.py --run {run} --data {data}", options.index, run=options.run, data=options.data)
+    return status
 
 
 def carry_out(
@@ -136,6 +141,11 @@ def carry_out(
     """
     directory = Run.at(options.run)
     _refuse_places(options, directory)
+    if options.plan and not _is_finished(directory, plan):
+        claim = claim_of(directory)
+        if claim.exists():
+            _refuse_other(directory, claim.read_json(), plan)
+        return forecast(plan, trainer, least(options), options.decoders, options.keep_epochs, label)
     if _is_finished(directory, plan):
         say(f"{label}: finished already: {directory.location}")
     else:

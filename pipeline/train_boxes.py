@@ -16,6 +16,7 @@ from pipeline import train
 from pipeline.box_loop import (
     BACKGROUND,
     BoxPlan,
+    BoxTrainer,
     DetectorPlan,
     DetectorTrainer,
     Learns,
@@ -73,10 +74,12 @@ class Options:
     """Steps between two checkpoints inside an epoch; each epoch's end has one anyway. It never changes a result."""
     workers: Workers = field(default_factory=Workers)
     """What the job asks of the cluster."""
+    plan: bool = False
+    """Forecast steps, hours and storage from a few steps, and do nothing else."""
 
     def places(self) -> train.Options:
         """What decides no result."""
-        names = ("run", "data", "index", "address", "max_skipped", "decoders", "checkpoint_steps", "workers")
+        names = ("run", "data", "index", "address", "max_skipped", "decoders", "checkpoint_steps", "workers", "plan")
         return train.Options(**{name: getattr(self, name) for name in names})
 
 
@@ -136,8 +139,7 @@ def run_localizer(options: Localizer) -> int:
     known = _plan(options, model, architecture, _recipe(options))
     own = ("in_view", "filled", "learns")
     plan = LocalizerPlan(**known, **{name: getattr(options, name) for name in own})
-    suggest("localize.py --run {run} --data {data}", options.index, run=options.run, data=options.data)
-    return train.carry_out(options.places(), plan, LocalizerTrainer, _told)
+    return _carry_out(options, plan, LocalizerTrainer, "localize.py --run {run} --data {data}")
 
 
 def run_detector(options: Detector) -> int:
@@ -154,9 +156,14 @@ def run_detector(options: Detector) -> int:
     architecture = model.architecture + ("+context" if options.context == "lower" else "")
     known = _plan(options, model, architecture, _recipe(options))
     plan = DetectorPlan(**known, negatives=options.negatives, mining=options.mining)
-    then = "train_localizer.py --from {run} --run BOXES --data {data}"
-    suggest(then, options.index, run=options.run, data=options.data)
-    return train.carry_out(options.places(), plan, DetectorTrainer, _told)
+    return _carry_out(options, plan, DetectorTrainer, "train_localizer.py --from {run} --run BOXES --data {data}")
+
+
+def _carry_out(options: Options, plan: BoxPlan, trainer: type[BoxTrainer], then: str) -> int:
+    status = train.carry_out(options.places(), plan, trainer, _told)
+    if not options.plan:
+        suggest(then, options.index, run=options.run, data=options.data)
+    return status
 
 
 def _recipe(options: Localizer | Detector) -> Recipe:

@@ -54,6 +54,8 @@ class Options(train.Common):
     all rows of both papers, of their small networks or of their own."""
     workers: Workers = field(default_factory=lambda: Workers(num=1))
     """What each training asks of the cluster; as many are trained at once as fit."""
+    plan: bool = False
+    """Forecast steps, hours and storage of each training from a few steps, and do nothing else."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,8 @@ class Variant:
         given = {one.name: getattr(options, one.name) for one in fields(train.Common)}
         if self.base.startswith("alexnet"):
             given["colour"] = "none" if self.row.suffix == "nocolour" else options.colour or "paper"
-        return train.Options(**given, run=str(self.directory(options.run).location), architecture=self.architecture)
+        run = str(self.directory(options.run).location)
+        return train.Options(**given, run=run, architecture=self.architecture, plan=options.plan)
 
     def directory(self, run: str) -> Run:
         """Its run."""
@@ -169,6 +172,8 @@ def run(options: Options) -> int:
     started = time.monotonic()
     variants = chosen(options.variants)
     index = shards_or_default(options.data, options.index)
+    if options.plan:
+        return max(train.run(variant.training(options), f"ablation: {variant.name}") for variant in variants)
     status, failed = 0, {}
     for variant, outcome in _trained(options, variants):
         wrong = outcome if isinstance(outcome, str) else _recorded(options, variant, index)
