@@ -88,11 +88,11 @@ def run(options: Options) -> int:
         network, architecture=options.architecture, classes=classes, preprocessing=preprocessing, about=about
     )
     ends = f"{len(classes)} classes" if classes else "no classes: what needs their probabilities is refused"
-    say(f"import: {options.architecture}, {len(graph.layers)} layers, {ends}")
-    say(f"import: images: {_describe(preprocessing)}")
+    say(f"import_model: {options.architecture}, {len(graph.layers)} layers, {ends}")
+    say(f"import_model: images: {_describe(preprocessing)}")
     if graph.unknown:
-        say(f"import: {graph.limits(shown=None)}")
-    say(f"import: model {model_id}, in {time.monotonic() - started:.1f} s: {directory.location}")
+        say(f"import_model: {graph.limits(shown=None)}")
+    say(f"import_model: model {model_id}, in {time.monotonic() - started:.1f} s: {directory.location}")
     suggest("top9.py --run {run} --data SHARDS", run=options.run)
     return 0
 

@@ -139,7 +139,7 @@ def run_localizer(options: Localizer) -> int:
     known = _plan(options, model, architecture, _recipe(options))
     own = ("in_view", "filled", "learns")
     plan = LocalizerPlan(**known, **{name: getattr(options, name) for name in own})
-    return _carry_out(options, plan, LocalizerTrainer, "localize.py --run {run} --data {data}")
+    return _carry_out(options, plan, LocalizerTrainer, "train_localizer", "localize.py --run {run} --data {data}")
 
 
 def run_detector(options: Detector) -> int:
@@ -156,11 +156,13 @@ def run_detector(options: Detector) -> int:
     architecture = model.architecture + ("+context" if options.context == "lower" else "")
     known = _plan(options, model, architecture, _recipe(options))
     plan = DetectorPlan(**known, negatives=options.negatives, mining=options.mining)
-    return _carry_out(options, plan, DetectorTrainer, "train_localizer.py --from {run} --run BOXES --data {data}")
+    return _carry_out(
+        options, plan, DetectorTrainer, "train_detector", "train_localizer.py --from {run} --run BOXES --data {data}"
+    )
 
 
-def _carry_out(options: Options, plan: BoxPlan, trainer: type[BoxTrainer], then: str) -> int:
-    status = train.carry_out(options.places(), plan, trainer, _told)
+def _carry_out(options: Options, plan: BoxPlan, trainer: type[BoxTrainer], label: str, then: str) -> int:
+    status = train.carry_out(options.places(), plan, trainer, _told, label)
     if not options.plan:
         suggest(then, options.index, run=options.run, data=options.data)
     return status

@@ -47,31 +47,45 @@ def test_training_ends_with_the_command_that_evaluates(make_shards, tmp_path):
 
 TRAINING = ("--epochs", "1", "--batch", "4", "--decoders", "0")
 ALONE = ("--workers.num", "0")
-CALLS = {
-    "shards": ("scenes", "--out", "{at}/scenes", "--train", "40", "--val", "4"),
-    "train": ("--architecture", "zfnet_small", "--keep-epochs", "1", *TRAINING, *ALONE),
-    "evaluate": ALONE,
-    "top9": ALONE,
-    "deconv": ("--layers", "conv2", *ALONE),
-    "occlusion": ("--first", "1", "--stride-px", "20", *ALONE),
-    "pictures": ALONE,
-    "invariance": ("--first", "1", "--layers", "conv1", *ALONE),
-    "correspondence": ("--data", "{at}/faces", "--mask-px", "11", "--random", "2", *ALONE),
-    "object_occlusion": ("--places", "2", *ALONE),
-    "sanity": ("--layers", "conv5", "--ranks", "1", *ALONE),
-    "evolution": ("--layers", "conv1", *ALONE),
-    "features": ("--layers", "fc6", *ALONE),
-    "duplicates": (),
-    "groups": (),
-    "units": (),
-    "retrieval": (),
-    "scratch": ("--images-per-class", "1", "--folds", "1", "--test-images", "1", *TRAINING, *ALONE),
-    "ablation": ("--variants", "zfnet_small", "--run", "{at}/ablation", *TRAINING, *ALONE),
-    "figures": ("--images", "1"),
-    "atlas": (),
-}
+OVERFEAT, BOXES = ("--run", "{at}/overfeat"), ("--run", "{at}/boxes")
+CALLS = [
+    ("shards", ("scenes", "--out", "{at}/scenes", "--train", "40", "--val", "4")),
+    ("train", ("--architecture", "zfnet_small", "--keep-epochs", "1", *TRAINING, *ALONE)),
+    ("evaluate", ALONE),
+    ("top9", ALONE),
+    ("deconv", ("--layers", "conv2", *ALONE)),
+    ("occlusion", ("--first", "1", "--stride-px", "20", *ALONE)),
+    ("pictures", ALONE),
+    ("invariance", ("--first", "1", "--layers", "conv1", *ALONE)),
+    ("correspondence", ("--data", "{at}/faces", "--mask-px", "11", "--random", "2", *ALONE)),
+    ("object_occlusion", ("--places", "2", *ALONE)),
+    ("sanity", ("--layers", "conv5", "--ranks", "1", *ALONE)),
+    ("evolution", ("--layers", "conv1", *ALONE)),
+    ("features", ("--layers", "fc6", *ALONE)),
+    ("features", ("--layers", "fc6", "--split", "train", *ALONE)),
+    ("duplicates", ()),
+    ("groups", ()),
+    ("units", ()),
+    ("retrieval", ()),
+    ("transfer_duplicates", ("--layers", "fc6")),
+    ("transfer", ("--layers", "fc6", "--images-per-class", "1", "--folds", "1", "--test-images", "1")),
+    ("multilabel", ("--layers", "fc6")),
+    ("scratch", ("--images-per-class", "1", "--folds", "1", "--test-images", "1", *TRAINING, *ALONE)),
+    ("ablation", ("--variants", "zfnet_small", "--run", "{at}/ablation", *TRAINING, *ALONE)),
+    ("figures", ("--images", "1")),
+    ("atlas", ()),
+    ("import_model", ("--architecture", "overfeat_fast_small", "--classes", "{at}/scenes/classes.txt", *OVERFEAT)),
+    ("dense_maps", ("--first", "1", "--scales", "1", *OVERFEAT, *ALONE)),
+    ("train_detector", ("--from", "{at}/overfeat", "--run", "{at}/detector", "--scales", "1", *TRAINING, *ALONE)),
+    ("train_localizer", ("--from", "{at}/detector", "--scales", "1", *BOXES, *TRAINING, *ALONE)),
+    ("localize", ("--scales", "1", *BOXES, *ALONE)),
+    ("detect", ("--scales", "1", *BOXES, *ALONE)),
+]
 """In an order in which each job finds what it needs."""
-WITHOUT_IMAGES = {"duplicates", "groups", "units", "retrieval", "figures", "atlas"}
+WITHOUT_IMAGES = {"duplicates", "groups", "units", "retrieval", "figures", "atlas", "import_model"}
+WITHOUT_IMAGES |= {"transfer", "transfer_duplicates", "multilabel"}
+MAKES = {"evaluate": "predictions", "localize": "localization", "detect": "detection"}
+"""Tables of another name than their jobs'."""
 FINDS = {
     "evaluate": "top-1 error",
     "invariance": "features move by this share of their length: conv1 ",
@@ -81,6 +95,8 @@ FINDS = {
     "evolution": "filters, cosine to epoch",
     "ablation": "top1_error, %",
     "scratch": "1 a class: ",
+    "localize": "localisation error",
+    "detect": "mAP",
 }
 NEXT = {
     "shards": "train",
@@ -94,29 +110,32 @@ NEXT = {
     "scratch": "figures",
     "ablation": "figures",
     "atlas": "figures",
+    "import_model": "top9",
+    "train_detector": "train_localizer",
+    "train_localizer": "localize",
 }
 """All others end with the atlas."""
 
 
 @pytest.fixture(scope="module")
-def said(tmp_path_factory) -> dict[str, list[str]]:
+def said(tmp_path_factory) -> list[list[str]]:
     """What each job says, all in one run."""
     at = tmp_path_factory.mktemp("ends")
     rng = np.random.default_rng(0)
     write(at / "faces", [face(rng) for _ in range(2)])
-    return {job: lines(job, *arguments(job, at)) for job in CALLS}
+    return [lines(job, *arguments(job, given, at)) for job, given in CALLS]
 
 
-def arguments(job: str, at: Path) -> list[str]:
+def arguments(job: str, given: tuple[str, ...], at: Path) -> list[str]:
     run = () if job == "shards" else ("--run", f"{at}/run")
     data = () if job in {"shards", *WITHOUT_IMAGES} else ("--data", f"{at}/scenes")
-    return [argument.format(at=at) for argument in (*run, *data, *CALLS[job])]
+    return [argument.format(at=at) for argument in (*run, *data, *given)]
 
 
-@pytest.mark.parametrize("job", CALLS)
-def test_a_job_ends_with_what_it_made_how_long_it_took_what_it_found_and_what_is_next(said, job):
-    *before, following = said[job]
-    assert [line for line in before if re.search(rf"^{job}: .* \d+\.\d s: \S+$", line)] or job == "evaluate"
+@pytest.mark.parametrize(("number", "job"), [(number, job) for number, (job, _) in enumerate(CALLS)])
+def test_a_job_ends_with_what_it_made_how_long_it_took_what_it_found_and_what_is_next(said, number, job):
+    *before, following = said[number]
+    assert [line for line in before if re.search(rf"^{MAKES.get(job, job)}: .* \d+\.\d s: \S+$", line)]
     if job not in {"shards", *WITHOUT_IMAGES}:
         assert [line for line in before if line.endswith(" samples skipped")]
     assert FINDS.get(job, "") in "\n".join(before)
