@@ -339,8 +339,7 @@ class LocalizerTrainer(BoxTrainer):
         initialise_heads(network, self.plan.seed)
         network.load_state_dict(self.source.network.state_dict(), strict=False)
         for name, parameter in network.named_parameters():
-            everything = self.plan.learns == "all" and not name.startswith("context.")
-            parameter.requires_grad_(everything or name.startswith("regressor."))
+            parameter.requires_grad_(self.plan.learns == "all" or name.startswith("regressor."))
         return network
 
     def _optimizer(self, trained: list[nn.Parameter]) -> torch.optim.Optimizer:

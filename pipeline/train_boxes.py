@@ -133,6 +133,11 @@ def run_localizer(options: Localizer) -> int:
     Raises: RunError, BadShards, StorageError, CannotSchedule, SweepFailed, each with a message for the user.
     """
     model = Run.at(options.source).load_model()
+    if options.learns == "all" and BACKGROUND in model.classes:
+        raise RunError(
+            f"--learns all trains on windows that show objects, and {options.source} would forget what the class "
+            f"{BACKGROUND!r} looks like: give --from a classifier, or leave --learns out"
+        )
     base, *heads = model.architecture.split("+")
     kept = [head for head in heads if head == "context"]
     architecture = "+".join([base, *kept, "boxes" if options.boxes == "shared" else "class-boxes"])

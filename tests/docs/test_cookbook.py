@@ -1,7 +1,9 @@
 """The pages whose Python blocks show what they print are true."""
 
+import doctest
 import re
 
+import pandas as pd
 import pytest
 
 from docs.generate import cookbook
@@ -25,6 +27,19 @@ def test_what_the_page_shows_is_what_its_blocks_print(place, page, monkeypatch):
         assert now == text, f"{page.name} is out of date: run `make docs` and commit it"
     else:  # this machine trains other bits than the page's
         assert forms(now) == forms(text), f"{page.name} shows other columns than its blocks print: run `make docs`"
+
+
+@pytest.mark.parametrize("page", ["README", "docs/tutorial", "docs/tables", "docs/evaluation", "docs/evolution"])
+def test_what_other_pages_ask_with_pandas_can_be_asked(place, page, monkeypatch):
+    """Their answers are of other runs, and are not compared."""
+    blocks = re.findall(r"```python\n(.*?)```", (cookbook.ROOT / f"{page}.md").read_text(), re.DOTALL)
+    assert blocks
+    monkeypatch.chdir(place)
+    names = {"pd": pd}
+    for block in blocks:
+        examples = doctest.DocTestParser().get_examples(block)
+        source = "".join(example.source for example in examples) or block
+        exec(re.sub(r"\bruns/\w+", cookbook.RUN, source), names)
 
 
 def forms(page):

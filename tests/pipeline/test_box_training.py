@@ -168,7 +168,7 @@ def test_the_loss_is_that_of_the_windows_that_show_a_box(classifier, data, tmp_p
 
 
 def test_all_of_the_network_learns_where_it_is_asked_to(classifier, data, tmp_path):
-    run, stopped = tmp_path / "all", tmp_path / "scored"
+    run = tmp_path / "all"
     assert train(Localizer, run, classifier, data, learns="all", stretch=1.5) == 0
     before, after = tensors(classifier), tensors(run)
     assert not any(torch.equal(after[name], tensor) for name, tensor in before.items())
@@ -176,10 +176,11 @@ def test_all_of_the_network_learns_where_it_is_asked_to(classifier, data, tmp_pa
     assert found.train_loss.iloc[1] < found.train_loss.iloc[0]
     with pytest.raises(RunError, match=r"holds another training .*learns: 'all' there, asked 'regressor'"):
         train(Localizer, run, classifier, data, stretch=1.5)
-    context = tmp_path / "context"
-    assert train(Detector, context, classifier, data, context="lower", epochs=1) == 0
-    assert train(Localizer, stopped, context, data, learns="all", epochs=1) == 0
-    assert torch.equal(tensors(stopped)["context.weight"], tensors(context)["context.weight"])
+    detector = tmp_path / "detector"
+    assert train(Detector, detector, classifier, data, epochs=1) == 0
+    with pytest.raises(RunError, match="would forget what the class 'background' looks like"):
+        train(Localizer, tmp_path / "refused", detector, data, learns="all")
+    assert not (tmp_path / "refused").exists()
 
 
 def test_overlaps_in_training_are_those_of_the_tables():
