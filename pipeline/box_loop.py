@@ -6,7 +6,6 @@ and place, and every window of it that shows an object, or may show the backgrou
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -25,7 +24,7 @@ from pipeline.loop import Plan, Trainer
 from pipeline.objects import objects_of
 from pipeline.runs import Run
 from pipeline.shards import Index, Sample, Skipped
-from pipeline.stream import Place
+from pipeline.stream import Place, generator
 from zfnet import images, models
 from zfnet.dense import Sliding, Stride, in_context, slide
 from zfnet.localization import (
@@ -181,8 +180,7 @@ class Views(Dataset[Any]):
             raise images.BadImage("no_box", f"it has no box that can be used: {why}")
         for entry, reason in objects.refused:
             skipped.append(Skipped(sample.shard, sample.key, f"box_{reason}", str(entry)))
-        digest = hashlib.blake2b(f"{self.seed} {epoch} {sample.key}".encode("utf-8", "surrogatepass"), digest_size=8)
-        rng = np.random.default_rng(int.from_bytes(digest.digest(), "little"))
+        rng = generator(self.seed, epoch, sample.key)
         view = training_view(image, objects.boxes, self.sides_px, self.side_px, self.about, self.stretch, rng)
         label, nearest = self.label(self.windows, view.boxes, objects.labels)
         edges = np.zeros((len(self.windows), EDGES))

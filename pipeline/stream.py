@@ -83,6 +83,12 @@ _Taken = tuple[images.Pixels, int, int, int, npt.NDArray[np.float64] | None]
 """Pixels of the crop, its top and left, the label, and the shift of the colours."""
 
 
+def generator(seed: int, epoch: int, key: str) -> np.random.Generator:
+    """What decides how a sample is cut, mirrored and coloured: nothing but the seed, the epoch and its key."""
+    digest = hashlib.blake2b(f"{seed} {epoch} {key}".encode("utf-8", "surrogatepass"), digest_size=8).digest()
+    return np.random.default_rng(int.from_bytes(digest, "little"))
+
+
 @dataclass(frozen=True, eq=False)
 class Examples:
     """A batch as it leaves the decoders."""
@@ -140,8 +146,7 @@ class Images(Dataset[Any]):
             pixels, _ = images.centre_crop(image, self.resize_px, self.crop_px)
             start = images.centre_offset(self.resize_px, self.crop_px)
             return pixels, start, start, label, None
-        digest = hashlib.blake2b(f"{self.seed} {epoch} {sample.key}".encode("utf-8", "surrogatepass"), digest_size=8)
-        rng = np.random.default_rng(int.from_bytes(digest.digest(), "little"))
+        rng = generator(self.seed, epoch, sample.key)
         pixels, top, left = images.random_crop(image, self.resize_px, self.crop_px, rng, self.smallest)
         colour = None if self.colours is None else rng.standard_normal(3) @ self.colours
         return pixels, top, left, label, colour
