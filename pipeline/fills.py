@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.runs import RunError
-from zfnet.images import Preprocessing
+from pipeline.runs import Run, RunError
+from zfnet.images import Pixels, Preprocessing
 from zfnet.occlusion import blurred
 
 BLUR_SHARE = 10 / 224
@@ -39,3 +40,23 @@ def as_input(fill: str, pixels: Tensor, preprocessing: Preprocessing) -> Tensor:
     if fill == "mean":
         return torch.zeros(3, *pixels.shape[:2], device=pixels.device)  # the mean is what is subtracted
     return preprocessing.normalise(shown(fill, pixels)[None])[0]
+
+
+def hidden(pixels: Pixels, fill: str, place: tuple[int, int, int, int], run: Run) -> Pixels:
+    """An image with a part hidden as the run's network saw it, by what its tables call `fill`.
+
+    Args:
+        pixels: the network's own [input_px, input_px, RGB].
+        fill: a grey, R,G,B, mean or blur.
+        place: top, left, height, width in input pixels; it may leave the image.
+        run: of the network, whose mean hides where the fill is "mean".
+    """
+    if fill == "mean":
+        filled = run.load_model().preprocessing.mean_pixels()
+    else:
+        filled = shown(fill, torch.from_numpy(pixels.copy()))
+    top, left, height, width = place
+    part = slice(max(top, 0), top + height), slice(max(left, 0), left + width)
+    drawn = pixels.copy()
+    drawn[part] = np.rint(filled.numpy()[part]).clip(0, 255)
+    return drawn

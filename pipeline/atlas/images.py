@@ -22,8 +22,11 @@ from pipeline.atlas.site import Site
 from pipeline.atlas.sprites import webp
 from pipeline.drawing.heatmaps import Frame, Heat, LegendEntry, class_colours, colour_table, heat
 from pipeline.drawing.tiles import around_grey
+from pipeline.fills import hidden
 from pipeline.progress import say
 from pipeline.projections import relative
+from pipeline.runs import Run
+from zfnet.images import Pixels
 
 _THUMBNAIL_PX = 160
 
@@ -37,7 +40,6 @@ class Panels:
     frame: Frame
     example: tuple[int, int]
     """Position (row, col) of the square where the target is least probable."""
-    colour: str
     """In which the square is drawn: its own, or a middle grey where it has more than one."""
     lowest: float
     values: dict[str, str]
@@ -109,7 +111,7 @@ def write(
             after=after,
             picture=pictures[-1],
             layer_page=layer_page(row["layer"]) if row["layer"] in known_layers else None,
-            **_of_row(site, number, row, facts["classes"]),
+            **_of_row(site, sources.run, number, row, facts["classes"]),
             **told.of(row["key"]),
         )
     say(f"atlas: {total} image pages")
@@ -135,11 +137,11 @@ def _told(
     )
 
 
-def _of_row(site: Site, number: int, row: dict[str, Any], classes: list[str]) -> dict[str, Any]:
+def _of_row(site: Site, run: Run, number: int, row: dict[str, Any], classes: list[str]) -> dict[str, Any]:
     """What the page shows of the table's row; writes its panels."""
     return {
         "row": row,
-        "panels": _panels(site, number, row, classes),
+        "panels": _panels(site, run, number, row, classes),
         "target": _class_name(row["target_class"], classes),
         "is_label": row["target_class"] == row["label"],
         "before_top5": _top5(row, "clean", classes),
@@ -202,7 +204,7 @@ def _picture(site: Site, number: int, row: dict[str, Any]) -> Picture:
     )
 
 
-def _panels(site: Site, number: int, row: dict[str, Any], classes: list[str]) -> Panels:
+def _panels(site: Site, run: Run, number: int, row: dict[str, Any], classes: list[str]) -> Panels:
     """Write the maps and the projection, and say where they lie on the image."""
     frame = Frame(*(row[name] for name in ("grid_rows", "grid_cols", "occluder_px", "occluder_width_px", "stride_px")))
     grid = (frame.rows, frame.cols)
@@ -212,14 +214,15 @@ def _panels(site: Site, number: int, row: dict[str, Any], classes: list[str]) ->
     panels = {"activation": activation.pixels, "probability": probability.pixels, "class": drawn}
     for panel, pixels in {**panels, "projection": projection}.items():
         site.write_image(_asset(number, panel), pixels)
-    width, height = Image.open(io.BytesIO(row["image_png"])).size
     lowest = int(np.argmin(row["probability_map"]))
+    example = divmod(lowest, frame.cols)
+    site.write_image(_asset(number, "hidden"), _hidden(run, row, frame, example))
+    width, height = Image.open(io.BytesIO(row["image_png"])).size
     return Panels(
         width,
         height,
         frame,
-        divmod(lowest, frame.cols),
-        _colour(row["fill"]),
+        example,
         float(row["probability_map"][lowest]),
         {
             "activation": " ".join(f"{value:.4g}" for value in row["activation_map"].tolist()),
@@ -234,9 +237,13 @@ def _panels(site: Site, number: int, row: dict[str, Any], classes: list[str]) ->
     )
 
 
-def _colour(fill: str) -> str:
-    parts = ["128"] if fill in ("mean", "blur") else fill.split(",")
-    return f"rgb({','.join(parts * (3 // len(parts)))})"
+def _hidden(run: Run, row: dict[str, Any], frame: Frame, example: tuple[int, int]) -> Pixels:
+    """The image with the square at one of its positions; grey stands for the mean where the network is not there."""
+    image = np.asarray(Image.open(io.BytesIO(row["image_png"])).convert("RGB"))
+    top, left = (place * frame.stride_px for place in example)
+    place = (top, left, row["occluder_px"], row["occluder_width_px"])
+    there = row["fill"] != "mean" or (run.location / "run.json").exists()
+    return hidden(image, row["fill"] if there else "128", place, run)
 
 
 def _legend_name(entry: LegendEntry, classes: list[str]) -> str:

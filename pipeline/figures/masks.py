@@ -8,7 +8,8 @@ from matplotlib.figure import Figure
 
 from pipeline.figures.sheet import picture, sheet
 from pipeline.figures.source import Source
-from pipeline.figures.tiles import hidden, image_of
+from pipeline.figures.tiles import image_of
+from pipeline.fills import hidden
 
 PARTS = 6  # columns beside the original
 

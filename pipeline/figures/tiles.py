@@ -1,4 +1,4 @@
-"""From a row of a table to the tiles of a figure: its projection, its patch, its image, and that with a part hidden."""
+"""From a row of a table to the tiles of a figure: its projection, its patch and its image."""
 
 from __future__ import annotations
 
@@ -6,13 +6,11 @@ import io
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
 
-from pipeline import fills, projections
+from pipeline import projections
 from pipeline.drawing.tiles import Box, around_grey, patch_of, tile
 from pipeline.figures.sheet import Pixels
-from pipeline.runs import Run
 
 PLACE = ["top", "left", "height", "width"]
 PROJECTION = ["projection", "projection_height", "projection_width"]
@@ -40,26 +38,6 @@ def whole_projection(row: dict[str, Any], input_px: int) -> Pixels:
 def image_of(row: dict[str, Any]) -> Pixels:
     """The network's input pixels of a row with `image_png`."""
     return np.asarray(Image.open(io.BytesIO(row["image_png"])).convert("RGB"))
-
-
-def hidden(pixels: Pixels, fill: str, place: tuple[int, int, int, int], run: Run) -> Pixels:
-    """An image with a part hidden as the run's network saw it, by what its tables call `fill`.
-
-    Args:
-        pixels: the network's own [input_px, input_px, RGB].
-        fill: a grey, R,G,B, mean or blur.
-        place: top, left, height, width in input pixels; it may leave the image.
-        run: of the network, whose mean hides where the fill is "mean".
-    """
-    if fill == "mean":
-        filled = run.load_model().preprocessing.mean_pixels()
-    else:
-        filled = fills.shown(fill, torch.from_numpy(pixels.copy()))
-    top, left, height, width = place
-    part = slice(max(top, 0), top + height), slice(max(left, 0), left + width)
-    drawn = pixels.copy()
-    drawn[part] = np.rint(filled.numpy()[part]).clip(0, 255)
-    return drawn
 
 
 def _box(row: dict[str, Any], input_px: int) -> Box:

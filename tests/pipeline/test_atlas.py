@@ -34,11 +34,12 @@ from pipeline.analyses import (
 )
 from pipeline.atlas import Options, boxes, build, sprites, table_charts
 from pipeline.atlas.charts import bars, chart, histogram
+from pipeline.atlas.images import _hidden
 from pipeline.atlas.records import Sources
-from pipeline.drawing.heatmaps import PALETTE, class_colours, colour_table, heat
+from pipeline.drawing.heatmaps import PALETTE, Frame, class_colours, colour_table, heat
 from pipeline.drawing.tiles import Box, around_grey, tile
 from pipeline.papers.beside import beside
-from pipeline.projections import relative
+from pipeline.projections import png, relative
 from pipeline.runs import Run, RunError, file_stem
 from pipeline.storage import Location
 from tests.jobs.parse import would_take
@@ -644,7 +645,23 @@ def test_occlusion_page_draws_cells_around_the_squares_centres(site: Path) -> No
     assert (grid[4, 4] == colour_table()[255]).all()
     page = Reader(site.parent / "images" / "occlusion-1.html").page
     assert "is least probable: 10.0 %" in page.text
+    assert 'href="../assets/occlusion/1-hidden.png"' in text
+    expected = np.full((SIDE, SIDE, 3), 60)
+    expected[:8, :8] = 124  # where it is least probable, in the fill of the table
+    assert (np.asarray(Image.open(site.parent / "assets" / "occlusion" / "1-hidden.png")) == expected).all()
     assert "class 99" in Reader(site.parent / "images" / "occlusion-2.html").page.text
+
+
+@pytest.mark.parametrize(("fill", "shown"), [("9,8,7", (9, 8, 7)), ("mean", (128, 128, 128)), ("blur", (60, 60, 60))])
+def test_the_square_shows_what_the_table_says_and_grey_for_the_mean_of_a_network_that_is_gone(
+    tmp_path: Path, fill: str, shown: tuple[int, ...]
+) -> None:
+    image = png(np.full((SIDE, SIDE, 3), 60, np.uint8))
+    row = {"image_png": image, "fill": fill, "occluder_px": 8, "occluder_width_px": 6}
+    drawn = _hidden(Run.at(str(tmp_path)), row, Frame(5, 5, 8, 6, 6), (1, 2))
+    expected = np.full((SIDE, SIDE, 3), 60)
+    expected[6:14, 12:18] = shown
+    assert (drawn == expected).all()
 
 
 def test_a_chart_leaves_out_what_is_not_finite() -> None:

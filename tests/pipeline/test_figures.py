@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from scipy.ndimage import gaussian_filter
 
-from pipeline import sweep, tables
+from pipeline import fills, sweep, tables
 from pipeline.analyses import (
     ablation,
     correspondence,
@@ -157,7 +157,7 @@ def test_figure_6_says_so_where_deconv_has_none_of_the_second_layer(run, tmp_pat
 @pytest.mark.parametrize("fill", ["9", "255,0,7", "mean", "blur"])
 def test_a_part_is_hidden_as_the_network_saw_it(run, fill):
     pixels = tiles.image_of(frame(run, "occlusion").iloc[0].to_dict())
-    drawn = tiles.hidden(pixels, fill, (-3, 40, 13, 13), run)
+    drawn = fills.hidden(pixels, fill, (-3, 40, 13, 13), run)
     expected = pixels.copy()
     inside = expected[:10, 40:53]  # cut to the image
     if fill == "blur":
