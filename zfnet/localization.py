@@ -203,6 +203,8 @@ class Seen:
     """[W, C], a softmax in each window."""
     boxes: Edges
     """[W, 4], or [W, C, 4] of a regressor for each class; cut to the image."""
+    mirrored: bool = False
+    """Whether the network saw the image's mirror image; the edges are of the image itself."""
 
     def of(self, classes: int | Ints, windows: slice | Ints = slice(None)) -> Edges:
         """The boxes [W, 4] of all windows, or of these, for one class, or for each window's own of `classes`."""
@@ -230,18 +232,24 @@ class Looker:
         preprocessing: the network's.
         scales: 1 to 6, ascending (Tab. 5).
         stride: of the windows.
+        mirror: whether the mirror image is looked at as well, as classification does (section 3.3).
 
     Raises:
         ValueError: there is no regressor, or no scale.
     """
 
     def __init__(
-        self, network: HeadedNetwork, preprocessing: Preprocessing, scales: Sequence[int], stride: Stride
+        self,
+        network: HeadedNetwork,
+        preprocessing: Preprocessing,
+        scales: Sequence[int],
+        stride: Stride,
+        mirror: bool = False,
     ) -> None:
         if getattr(network, "regressor", None) is None:
             raise ValueError("this network has no regressor of boxes: give one that jobs/train_localizer.py made")
         require_scales(scales)
-        self.network, self.scales, self.stride = network, tuple(scales), stride
+        self.network, self.scales, self.stride, self.mirror = network, tuple(scales), stride, mirror
         self.sliding = Sliding(network)
         self.preprocessing = preprocessing.of_any_size()
         self.sides_px = [self.sliding.sides_px(scale)[0] for scale in scales]
@@ -253,18 +261,23 @@ class Looker:
 
     @torch.no_grad()
     def look(self, views: Sequence[View]) -> list[Seen]:
-        """What the windows of one image say, scale by scale. Raises: NotFinite."""
+        """What the windows of one image say, scale by scale; then those of its mirror image. Raises: NotFinite."""
+        return [*self._look(views, False), *(self._look(views, True) if self.mirror else ())]
+
+    def _look(self, views: Sequence[View], mirrored: bool) -> list[Seen]:
         found: list[Seen] = []
         lower: tuple[Tensor, Edges] | None = None
         for scale, (pixels, crop) in zip(self.scales, views, strict=True):
             device = next(self.network.parameters()).device
-            x = self.preprocessing.normalise(torch.from_numpy(pixels.copy()).to(device)[None])
+            shown = pixels[:, ::-1] if mirrored else pixels
+            x = self.preprocessing.normalise(torch.from_numpy(shown.copy()).to(device)[None])
             pooled = self.sliding.pooled(x, self.stride)
             hidden = slide(self.sliding.above[:-1], pooled)
             scores = self.sliding.above[-1](hidden)
             rows, cols = scores.shape[2:]
             in_view = window_edges(self.sliding, self.stride, rows, cols)
-            windows = _to_original(in_view, crop)
+            width_px = pixels.shape[1] if mirrored else None
+            windows = _to_original(in_view, crop, width_px)
             if self.network.context is not None:
                 if lower is not None:
                     nearest = torch.from_numpy(nearest_window(windows, lower[1])).to(device)
@@ -278,16 +291,18 @@ class Looker:
             if not np.isfinite(relative).all():
                 raise NotFinite(0, 0)
             boxes = relative.reshape(len(windows), -1, EDGES)
-            boxes = _to_original(out_of_frame(boxes, in_view[:, None]), crop)
+            boxes = _to_original(out_of_frame(boxes, in_view[:, None]), crop, width_px)
             height, width = crop.image_height, crop.image_width
             boxes = np.clip(boxes, 0, np.array([height, width, height, width], np.float64))
             boxes = boxes[:, 0] if boxes.shape[1] == 1 else boxes
-            found.append(Seen(scale, windows, logits.softmax(1).cpu().numpy(), boxes))
+            found.append(Seen(scale, windows, logits.softmax(1).cpu().numpy(), boxes, mirrored))
         return found
 
 
-def _to_original(edges: Edges, crop: Crop) -> Edges:
-    """[..., 4] in pixels of a view, as pixels of the original image."""
+def _to_original(edges: Edges, crop: Crop, mirrored_px: int | None) -> Edges:
+    """[..., 4] in pixels of a view, which is mirrored if its width is given, as pixels of the original image."""
+    if mirrored_px is not None:
+        edges = np.stack([edges[..., 0], mirrored_px - edges[..., 3], edges[..., 2], mirrored_px - edges[..., 1]], -1)
     top, left, height, width = crop.to_original(0, 0, 1, 1)
     found: Edges = edges * np.array([height, width] * 2) + np.array([top, left] * 2)
     return found

@@ -102,7 +102,7 @@ WINDOWS = tables.schema(
     "detection_windows",
     row="a window that was sure of the class of one of the image's boxes",
     file="",
-    key=("key", "scale", "window_top", "window_left"),
+    key=("key", "scale", "mirrored", "window_top", "window_left"),
     columns=[*HEAD, *WINDOW],
 )
 """Each window once, for the class of these that it is surest of."""
@@ -330,7 +330,7 @@ ANALYSIS = Analysis(
     map_batch=map_batch,
     reduce_part=looked.reduce_part,
     fold=fold,
-    forwards=lambda context: len(context.config.scales),
+    forwards=looked.forwards,
     selects=(),
     report=report,
 )

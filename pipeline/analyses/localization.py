@@ -93,7 +93,7 @@ WINDOWS = tables.schema(
     "localization_windows",
     row="a window that was sure of the class of the image's best guess",
     file="",
-    key=("key", "scale", "window_top", "window_left"),
+    key=("key", "scale", "mirrored", "window_top", "window_left"),
     columns=[
         *_HEAD,
         *WINDOW,
@@ -242,7 +242,7 @@ ANALYSIS = Analysis(
     map_batch=map_batch,
     reduce_part=looked.reduce_part,
     fold=fold,
-    forwards=lambda context: len(context.config.scales),
+    forwards=looked.forwards,
     selects=(),
     report=report,
 )

@@ -32,6 +32,8 @@ class Looking:
     """Scales of the image, 1 to 6, ascending."""
     stride: Stride = "fine"
     """Windows: with every offset of the last pool, or the first alone."""
+    mirror: bool = False
+    """Look at the image's mirror image as well, which the paper does in classification; twice the work."""
     threshold: float = 0.6
     """Match score above which two boxes are not merged: distance of their centres in diagonals, plus 1 - IoU."""
     average: Average = "confidence"
@@ -67,6 +69,7 @@ BOX = [
 ]
 WINDOW = [
     tables.column("scale", pa.int32(), "Scale of the image, 1 to 6."),
+    tables.column("mirrored", pa.bool_(), "Whether the network saw the image's mirror image in it."),
     *CLASS,
     tables.column("confidence", pa.float64(), "Probability of the class in the window."),
     tables.column("window_top", pa.float64(), "First row of the window in original pixels."),
@@ -94,6 +97,7 @@ PART = pa.schema(
         tables.column("boxes", _FLOATS, "Its edges in original pixels."),
         tables.column("merged", _INTS, "Windows that it was merged from."),
         tables.column("window_scales", _INTS, "Scale of each window that is kept."),
+        tables.column("window_mirrored", pa.list_(pa.bool_()), "Whether it is one of the mirror image."),
         tables.column("window_classes", _INTS, "The class that it is kept for."),
         tables.column("window_confidences", _FLOATS, "Its confidence in it."),
         tables.column("window_edges", _FLOATS, "Where it lies in original pixels: top, left, bottom, right."),
@@ -126,7 +130,7 @@ def setup(context: Context, slices: list[str]) -> Looker:
     config: Any = context.config
     network: Any = context.model.network
     try:
-        return Looker(network, context.model.preprocessing, config.scales, config.stride)
+        return Looker(network, context.model.preprocessing, config.scales, config.stride, config.mirror)
     except ValueError as error:
         raise RunError(f"{context.run.location} holds {context.model.architecture}: {error}") from None
 
@@ -156,6 +160,11 @@ def decode(context: Context, looker: Looker, rows: pa.Table) -> tuple[list[Looke
 def as_batch(context: Context, looker: Looker, pictures: list[Looked]) -> Batch:
     """The network sees one view at a time: nothing is stacked."""
     return Batch(pictures)
+
+
+def forwards(context: Context) -> int:
+    """Of the network, for an image."""
+    return len(context.config.scales) * (2 if context.config.mirror else 1)
 
 
 def background_of(context: Context) -> int | None:
@@ -198,7 +207,7 @@ def map_pictures(
     return tables.conform({name: [row[name] for row in rows] for name in PART.names}, PART)
 
 
-_COLUMNS = ("window_scales", "window_classes", "window_confidences", "window_edges", "window_boxes")
+_COLUMNS = ("window_scales", "window_mirrored", "window_classes", "window_confidences", "window_edges", "window_boxes")
 
 
 def sure_windows(seen: Sequence[Seen], classes: Ints, least: float) -> dict[str, Any]:
@@ -209,8 +218,9 @@ def sure_windows(seen: Sequence[Seen], classes: Ints, least: float) -> dict[str,
         confidences = one.confidences[:, classes]
         windows = np.flatnonzero(confidences.max(1) >= least)
         surest = confidences[windows].argmax(1)
-        scales, of = np.full(len(windows), one.scale), classes[surest]
-        told.append((scales, of, confidences[windows, surest], one.windows[windows], one.of(of, windows)))
+        scales, mirrored = np.full(len(windows), one.scale), np.full(len(windows), one.mirrored)
+        of = classes[surest]
+        told.append((scales, mirrored, of, confidences[windows, surest], one.windows[windows], one.of(of, windows)))
     if not told:
         return {name: [] for name in _COLUMNS}
     return {name: np.concatenate(some).ravel() for name, some in zip(_COLUMNS, zip(*told, strict=True), strict=True)}
@@ -286,6 +296,7 @@ def windows_of(context: Context, row: Row) -> dict[str, Any]:
     windows = row.windows
     return {
         "scale": windows["window_scales"],
+        "mirrored": windows["window_mirrored"],
         "class": windows["window_classes"],
         "class_name": names_of(context, windows["window_classes"]),
         "confidence": windows["window_confidences"],

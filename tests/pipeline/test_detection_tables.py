@@ -207,6 +207,17 @@ def test_windows_that_are_told_of_are_those_that_were_merged(run, data):
         assert (some.window_height > 0).all()
 
 
+def test_the_mirror_images_windows_are_merged_with_the_others(run, data):
+    make(localization, run, data)
+    make(localization, run, data, name="both", mirror=True)
+    one, both = (table(run, f"localization_windows{name}") for name in ("", "-both"))
+    assert not one.mirrored.any()
+    assert 0 < both.mirrored.sum() < len(both)
+    assert not both.duplicated(["key", "scale", "mirrored", "window_top", "window_left"]).any()
+    guesses = [table(run, f"localization{name}") for name in ("", "-both")]
+    assert guesses[1].windows.max() > guesses[0].windows.max()
+
+
 def test_windows_of_a_detection_are_the_sure_ones_each_once(data, tmp_path):
     """Against the looker's own windows: all that are sure of a class of the image's boxes, for the surest of these."""
     for head in ("boxes", "class-boxes"):

@@ -258,6 +258,34 @@ def test_context_adds_what_the_nearest_window_of_the_lower_scale_says():
     assert np.array_equal(high.boxes, without.boxes)
 
 
+@pytest.mark.parametrize("heads", ["boxes", "context+class-boxes"])
+def test_the_mirror_image_is_looked_at_as_an_image_of_its_own_and_its_edges_are_put_back(heads):
+    built = network(f"overfeat_fast_small+{heads}")
+    image = picture(120, 120)  # a square is not cut, which may be uneven
+    both, alone = (Looker(built, preprocessing(), (1, 3), "fine", mirror) for mirror in (True, False))
+
+    def look(looker, image):
+        resized = {side: images.resize(image, side) for side in looker.sides_px}
+        return looker.look(looker.views(resized, image.size))
+
+    seen, straight = look(both, image), look(alone, image)
+    # The views of the mirror image, cut and resized from it.
+    mirrored = look(alone, image.transpose(Image.Transpose.FLIP_LEFT_RIGHT))
+    assert [(one.scale, one.mirrored) for one in seen] == [(1, False), (3, False), (1, True), (3, True)]
+    for one, other in zip(seen, straight, strict=False):
+        assert all(np.array_equal(getattr(one, name), getattr(other, name)) for name in ("windows", "boxes"))
+        assert np.array_equal(one.confidences, other.confidences)
+    for one, other in zip(seen[2:], mirrored, strict=True):
+        np.testing.assert_allclose(one.windows, reflected(other.windows, 120), atol=1e-9)
+        np.testing.assert_allclose(one.boxes, reflected(other.boxes, 120), atol=0.5)
+        np.testing.assert_allclose(one.confidences, other.confidences, atol=1e-3)
+        assert not np.allclose(one.boxes, other.boxes, atol=5)
+
+
+def reflected(boxes, width):
+    return np.stack([boxes[..., 0], width - boxes[..., 3], boxes[..., 2], width - boxes[..., 1]], -1)
+
+
 def test_training_and_looking_agree_on_which_lower_window_is_nearest():
     windows = window_edges(Sliding(network()), "fine", 6, 6)
     found = nearest_window(out_of_frame(windows / 109, np.array([10.0, 20, 60, 70])), windows)
