@@ -278,24 +278,26 @@ def fold(context: Context, parts: Parts, layers: list[str]) -> Iterator[Finished
 def _maxima(context: Context, layer: str, parts: Parts, samples: pa.Table) -> Iterator[pa.Table]:
     """The rows of one layer in the order of the parts, so many at a time as fill a row group."""
     gathered, size = [MAXIMA.empty_table()], 0
-    for group in parts.groups(partial(_kept, layer)):
-        for row in group:
+    for row in parts.groups(partial(_kept, layer)):
+        if row is not None:
             gathered.append(_images(context, layer, row, samples))
             size += gathered[-1].nbytes
-            if size > tables.ROW_GROUP_BYTES:
-                yield pa.concat_tables(gathered)
-                gathered, size = [MAXIMA.empty_table()], 0
+        if size > tables.ROW_GROUP_BYTES:
+            yield pa.concat_tables(gathered)
+            gathered, size = [MAXIMA.empty_table()], 0
     yield pa.concat_tables(gathered)
 
 
-def _kept(layer: str, parts: list[Location]) -> list[dict[str, Any]]:
-    """What some parts keep of a layer, in their order."""
+def _kept(layer: str, parts: list[Location]) -> dict[str, Any] | None:
+    """What some parts keep of a layer, as if they were one; None where none of their images could be read."""
     columns = ["number", "maxima", "positions", "map_width", "cells"]
-    return [row for part in parts for row in _rows(tables.read_equal(part, columns, "layer", layer))]
+    rows = [row for part in parts for row in _rows(tables.read_equal(part, columns, "layer", layer))]
+    lists = columns[:3]
+    return rows[0] | {name: np.concatenate([row[name] for row in rows]) for name in lists} if rows else None
 
 
 def _images(context: Context, layer: str, row: dict[str, Any], samples: pa.Table) -> pa.Table:
-    """A part's images with their maxima in a layer."""
+    """The images of some parts with their maxima in a layer."""
     count = len(row["number"])
     columns = {
         **{name: [value] * count for name, value in context.identity.items()},
