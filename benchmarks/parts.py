@@ -3,12 +3,14 @@
 python -m benchmarks.parts [--parts 100 1000 10000]
 
 The whole of jobs/top9.py for zfnet_small on Ray, with one worker of one CPU and parts of a single small image, so that
-nearly all is what a part costs besides its images. Each number of parts has a driver process of its own. The time of a
-part is clocked from the end of the first part to the end of the last, the fold from there to the end of the job.
+nearly all is what a part costs besides its images. Each job has a driver process of its own. The time of a part is
+clocked from the end of the first part to the end of the last, the fold from there to the end of the job. `ratio` is the
+time of a part with the fewest over that with the most.
+
 `driver_mb` is the driver's largest resident set; looked at every 20 ms, `private_mb` is the largest before the first
 part ends, then until the last one does, then in the fold; `shared_mb` are pages of Ray's object store that it looked
-into; the rest is code. `ratio` is the time of a part with the fewest over that with the most, `growth_mb` is what
-driver_mb grows by between them.
+into; the rest is code. More parts are more images here, whose rows the driver holds too: so the last job has the fewest
+parts of all the images, and `growth_mb` is told against it (of_parts) and against the fewest of one image each.
 """
 
 import argparse
@@ -56,25 +58,25 @@ class Resident(threading.Thread):
         return max(own for _, own, _ in looks), max(shared for _, _, shared in looks)
 
 
-def prepare(folder: Path, parts: int) -> None:
+def prepare(folder: Path, images: int) -> None:
     """A run, and shards of so many images."""
     from benchmarks.sweep import write_run  # not above: a driver imports what the job does, and nothing else
     from benchmarks.training import make_shards
 
     (folder / "data").mkdir()
-    make_shards(folder / "data", parts)
+    make_shards(folder / "data", images)
     write_run(folder, ARCHITECTURE)
 
 
-def driven(folder: Path, parts: int) -> dict[str, Any]:
-    """A job of so many parts in this process: what it took."""
+def driven(folder: Path, parts: int, images: int) -> dict[str, Any]:
+    """A job of so many parts of all these images in this process: what it took."""
     workers = Workers(num=1, cpus=1, gpus=0)
     run, data = str(folder / ARCHITECTURE), str(folder / "data")
     options = Options(run=run, data=data, split="train", workers=workers, log_parts=True)
     resident = Resident()
     resident.start()
     with (folder / "said").open("w") as said, contextlib.redirect_stdout(said):
-        sweep.run(top9.ANALYSIS, options, top9.Config(part_size=1))
+        sweep.run(top9.ANALYSIS, options, top9.Config(part_size=images // parts))
     ended = time.time()
     driver_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     lines = (folder / "said").read_text().splitlines()
@@ -92,19 +94,27 @@ def driven(folder: Path, parts: int) -> dict[str, Any]:
     }
 
 
+def measured(parts: int, images: int) -> dict[str, Any]:
+    """The same in a process of its own."""
+    processes = multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1)
+    with tempfile.TemporaryDirectory() as name, processes:
+        processes.apply(prepare, [Path(name), images])
+        found: dict[str, Any] = processes.apply(driven, [Path(name), parts, images])
+    print(f"{parts} parts of {images} images: {found}", flush=True)
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", type=int, nargs="+", default=[100, 1000, 10_000])
-    found = {}
-    for parts in parser.parse_args().parts:
-        processes = multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1)
-        with tempfile.TemporaryDirectory() as name, processes:
-            processes.apply(prepare, [Path(name), parts])
-            found[parts] = processes.apply(driven, [Path(name), parts])
-        print(parts, found[parts], flush=True)
-    fewest, most = found[min(found)], found[max(found)]
-    ratio, growth = fewest["ms_a_part"] / most["ms_a_part"], most["driver_mb"] - fewest["driver_mb"]
-    print(json.dumps({"ratio": round(ratio, 3), "growth_mb": round(growth, 1), "parts": found}))
+    counts = sorted(parser.parse_args().parts)
+    found = {parts: measured(parts, parts) for parts in counts}
+    fewest, most = found[counts[0]], found[counts[-1]]
+    same_images = measured(counts[0], counts[-1])
+    ratio = round(fewest["ms_a_part"] / most["ms_a_part"], 3)
+    of_parts, with_images = (round(most["driver_mb"] - less["driver_mb"], 1) for less in (same_images, fewest))
+    growth = {"of_parts": of_parts, "of_parts_and_images": with_images}
+    print(json.dumps({"ratio": ratio, "growth_mb": growth, "parts": found, "same_images": same_images}))
 
 
 if __name__ == "__main__":

@@ -33,6 +33,9 @@ from zfnet.receptive import receptive_field
 MAXIMA_BYTES = 6
 """Of a feature map and image in the table maxima: a float32 and, packed, the cell."""
 
+_FEW = 256
+"""Images that are worth a table in the fold: one takes 10 kB besides its rows."""
+
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
 
 
@@ -278,22 +281,34 @@ def fold(context: Context, parts: Parts, layers: list[str]) -> Iterator[Finished
 def _maxima(context: Context, layer: str, parts: Parts, samples: pa.Table) -> Iterator[pa.Table]:
     """The rows of one layer in the order of the parts, so many at a time as fill a row group."""
     gathered, size = [MAXIMA.empty_table()], 0
-    for row in parts.groups(partial(_kept, layer)):
-        if row is not None:
+    for group in parts.groups(partial(_kept, layer)):
+        for row in group:
             gathered.append(_images(context, layer, row, samples))
             size += gathered[-1].nbytes
-        if size > tables.ROW_GROUP_BYTES:
-            yield pa.concat_tables(gathered)
-            gathered, size = [MAXIMA.empty_table()], 0
+            if size > tables.ROW_GROUP_BYTES:
+                yield pa.concat_tables(gathered)
+                gathered, size = [MAXIMA.empty_table()], 0
     yield pa.concat_tables(gathered)
 
 
-def _kept(layer: str, parts: list[Location]) -> dict[str, Any] | None:
-    """What some parts keep of a layer, as if they were one; None where none of their images could be read."""
+def _kept(layer: str, parts: list[Location]) -> list[dict[str, Any]]:
+    """What some parts keep of a layer, in their order; those of few images are joined."""
     columns = ["number", "maxima", "positions", "map_width", "cells"]
-    rows = [row for part in parts for row in _rows(tables.read_equal(part, columns, "layer", layer))]
-    lists = columns[:3]
-    return rows[0] | {name: np.concatenate([row[name] for row in rows]) for name in lists} if rows else None
+    kept: list[dict[str, Any]] = []
+    few: list[dict[str, Any]] = []
+    for part in parts:
+        few += _rows(tables.read_equal(part, columns, "layer", layer))
+        if sum(len(row["number"]) for row in few) >= _FEW:
+            kept.append(_joined(few))
+            few = []
+    return [*kept, _joined(few)] if few else kept
+
+
+def _joined(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Of neighbouring parts, as if they were one."""
+    if len(rows) == 1:
+        return rows[0]
+    return rows[0] | {name: np.concatenate([row[name] for row in rows]) for name in ("number", "maxima", "positions")}
 
 
 def _images(context: Context, layer: str, row: dict[str, Any], samples: pa.Table) -> pa.Table:
