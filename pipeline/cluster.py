@@ -11,7 +11,7 @@ import tempfile
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,6 +24,7 @@ from pipeline.progress import say
 
 S = TypeVar("S")
 T = TypeVar("T")
+W = TypeVar("W")
 
 OBJECT_STORE_BYTES = 512 * 2**20
 """Of a cluster that a job starts for itself: account rows pass through it, and what a fold's groups become."""
@@ -37,6 +38,9 @@ MOST_BLOCKS = 2000
 TASKS_AT_ONCE = 16
 """At most, and two for each CPU of the cluster: results of tasks that are under way or wait for the driver. Its memory
 and the object store hold no more."""
+
+_AHEAD = 4
+"""Calls for each thread that are under way, or wait for a thread or for who asked for them."""
 
 _MARK = 0.001
 """How much an actor asks of a resource that only marks nodes: a thousand actors find room on each of them."""
@@ -361,8 +365,9 @@ def train_context() -> tuple[int, int, str]:
     return context.get_world_rank(), context.get_world_size(), str(ray.train.torch.get_device())
 
 
-def map_parts(parts: list[dict[str, Any]], *stages: Stage) -> Iterator[Any]:
-    """Send every part through the stages; yields each row that an actor of the last one returns, as it comes.
+def map_parts(numbers: list[int], *stages: Stage) -> Iterator[Any]:
+    """Send the parts of these numbers through the stages; yields each row that an actor of the last one returns, as it
+    comes.
 
     Ray Data may run a part more than once (actors are restarted for ever): actors must commit idempotently and
     count their attempts themselves.
@@ -370,14 +375,15 @@ def map_parts(parts: list[dict[str, Any]], *stages: Stage) -> Iterator[Any]:
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     if stages[-1].resources.num == 0:
         (alone,) = stages
-        yield from _in_process(alone.actor(**alone.arguments), parts)
+        yield from _in_process(alone.actor(**alone.arguments), numbers)
         return
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False  # the job says itself how far it is
     context.print_on_execution_start = False
-    dataset = ray.data.from_items(parts, override_num_blocks=min(len(parts), MOST_BLOCKS))
+    blocks = min(len(numbers), MOST_BLOCKS)
+    dataset = ray.data.from_items([{"part": number} for number in numbers], override_num_blocks=blocks)
     for stage in stages:
-        dataset = _through(dataset, stage, len(parts))
+        dataset = _through(dataset, stage, len(numbers))
     yield from dataset.iter_rows()
 
 
@@ -405,13 +411,30 @@ def in_tasks(do: Callable[[S], T], given: Iterable[S], on: str | None = None) ->
     marks = Resources(0, 1, 0.0, on).marks
     task, sent = ray.remote(_do).options(num_cpus=1, resources=marks), ray.put(do)
     most = min(TASKS_AT_ONCE, 2 * int(ray.cluster_resources().get("CPU", 1)))
-    under_way: deque[Any] = deque()
+    yield from _in_order(lambda one: task.remote(sent, one), _result, given, most)
+
+
+def in_threads(do: Callable[[S], T], given: Iterable[S], at_once: int) -> Iterator[T]:
+    """`map` in threads: the results in order, as they are asked for. However many there are, few are held.
+
+    Raises: what `do` raises.
+    """
+    threads = ThreadPoolExecutor(at_once)
+    try:
+        yield from _in_order(lambda one: threads.submit(do, one), Future.result, given, _AHEAD * at_once)
+    finally:
+        threads.shutdown(cancel_futures=True)
+
+
+def _in_order(send: Callable[[S], W], result: Callable[[W], T], given: Iterable[S], most: int) -> Iterator[T]:
+    """The result of each in order, where `most` are sent before the first one's is waited for."""
+    under_way: deque[W] = deque()
     for one in given:
-        under_way.append(task.remote(sent, one))
+        under_way.append(send(one))
         if len(under_way) == most:
-            yield _result(under_way.popleft())
+            yield result(under_way.popleft())
     while under_way:
-        yield _result(under_way.popleft())
+        yield result(under_way.popleft())
 
 
 def _do(do: Callable[[S], T], one: S) -> T:
@@ -431,12 +454,13 @@ def _result(reference: Any) -> Any:
         ) from None
 
 
-def _in_process(actor: Any, parts: list[dict[str, Any]]) -> Iterator[Any]:
+def _in_process(actor: Any, numbers: list[int]) -> Iterator[Any]:
     """As Ray Data does it, in the order of the parts."""
-    calls = ThreadPoolExecutor(PARTS_AT_ONCE)
+    calls, most = ThreadPoolExecutor(PARTS_AT_ONCE), _AHEAD * PARTS_AT_ONCE
     try:
-        for done in calls.map(actor, [{name: [value] for name, value in part.items()} for part in parts]):
-            yield {name: values[0] for name, values in done.items()}
+        rows = _in_order(lambda number: calls.submit(actor, {"part": [number]}), Future.result, numbers, most)
+        for row in rows:
+            yield {name: values[0] for name, values in row.items()}
     finally:  # an error or Ctrl-C: what is under way ends within a batch
         actor.close()
         calls.shutdown(cancel_futures=True)

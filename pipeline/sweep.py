@@ -135,7 +135,7 @@ def _map(analysis: Analysis, options: Options, work: Work, todo: list[int]) -> N
     watch = Watch(work, todo, log_parts=options.log_parts)
     given_up = {}
     with torch_settings_kept(), Progress(work.context.table, len(todo), samples) as progress:
-        for done in cluster.map_parts([{"part": number} for number in todo], *stages):
+        for done in cluster.map_parts(todo, *stages):
             watch.advance(done)
             if done["given_up"]:
                 given_up[int(done["part"])] = str(done["error"])

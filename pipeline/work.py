@@ -13,7 +13,6 @@ import json
 import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -23,6 +22,7 @@ import pyarrow.parquet as pq
 
 from pipeline import tables
 from pipeline.analysis import Analysis
+from pipeline.cluster import in_threads
 from pipeline.context import Context
 from pipeline.errors import SweepFailed
 from pipeline.runs import RunError, clear, environment
@@ -35,6 +35,28 @@ _LOOKS_AT_ONCE = 16
 T = TypeVar("T")
 
 
+class Cut:
+    """Parts: consecutive samples of one shard, at most `part_size`. Never cut by workers or batches.
+
+    A part is sliced whenever it is asked for: a table of its own takes 3 kB, and its border 8 bytes.
+    """
+
+    def __init__(self, samples: pa.Table, part_size: int) -> None:
+        self.samples = samples
+        codes = np.asarray(samples["shard"].combine_chunks().dictionary_encode().indices)
+        shards = [0, *(np.flatnonzero(np.diff(codes)) + 1).tolist(), samples.num_rows]
+        starts = [np.arange(first, end, part_size) for first, end in itertools.pairwise(shards)]
+        self._borders = np.concatenate([*starts, [samples.num_rows]])
+
+    def __len__(self) -> int:
+        return len(self._borders) - 1
+
+    def __getitem__(self, number: int) -> pa.Table:
+        number = range(len(self))[number]  # beyond the last an IndexError: so a loop over the parts ends
+        start, end = self._borders[number : number + 2].tolist()
+        return self.samples.slice(start, end - start)
+
+
 @dataclass(frozen=True, eq=False)
 class Work:
     """The slices to make and the parts to make them of: unfinished/TABLE/WORK/{parts, attempts, given_up, account}."""
@@ -43,7 +65,7 @@ class Work:
     location: Location
     fingerprints: dict[str, dict[str, Any]]
     """Slice -> what decides its content."""
-    parts: list[pa.Table]
+    parts: Cut
     """Rows of Index.split, part by part."""
     part_schema: pa.Schema
     attempts: str = "attempts"
@@ -59,9 +81,8 @@ class Work:
         part_schema = analysis.part_schema(context.config)
         decides = json.dumps([fingerprints, digest(samples), part_schema.names], sort_keys=True)
         name = hashlib.sha256(decides.encode()).hexdigest()[:12]
-        parts = cut(samples, context.config.part_size)
         location = context.run.unfinished(context.table) / name
-        return cls(context, location, fingerprints, parts, part_schema)
+        return cls(context, location, fingerprints, Cut(samples, context.config.part_size), part_schema)
 
     @property
     def slices(self) -> list[str]:
@@ -71,7 +92,7 @@ class Work:
     @property
     def samples(self) -> int:
         """Samples of all parts."""
-        return sum(part.num_rows for part in self.parts)
+        return int(self.parts.samples.num_rows)
 
     @property
     def staging(self) -> Location:
@@ -208,8 +229,7 @@ class Work:
 
     def _of_each_part(self, look: Callable[[int], T]) -> Iterator[T]:
         """What `look` sees of every part, in order; some at once, because a bucket takes a while for each answer."""
-        with ThreadPoolExecutor(_LOOKS_AT_ONCE) as threads:
-            yield from threads.map(look, range(len(self.parts)))
+        return in_threads(look, range(len(self.parts)), _LOOKS_AT_ONCE)
 
 
 def begin_start(work: Location, session: str, most: int) -> Location:
@@ -294,14 +314,3 @@ def _require_alike(one: dict[str, str], other: dict[str, str], location: Locatio
 def reasons(skipped: list[Skipped]) -> dict[str, int]:
     """How many samples were skipped, by reason."""
     return dict(Counter(sample.reason for sample in skipped))
-
-
-def cut(samples: pa.Table, part_size: int) -> list[pa.Table]:
-    """Parts: consecutive samples of one shard, at most `part_size`. Never cut by workers or batches."""
-    codes = np.asarray(samples["shard"].combine_chunks().dictionary_encode().indices)
-    borders = [0, *(np.flatnonzero(np.diff(codes)) + 1).tolist(), samples.num_rows]
-    return [
-        samples.slice(start, min(part_size, end - start))
-        for first, end in itertools.pairwise(borders)
-        for start in range(first, end, part_size)
-    ]

@@ -33,6 +33,9 @@ from zfnet.receptive import receptive_field
 MAXIMA_BYTES = 6
 """Of a feature map and image in the table maxima: a float32 and, packed, the cell."""
 
+_FEW = 256
+"""Images that are worth a table in the fold: one takes 10 kB besides its rows."""
+
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
 
 
@@ -289,13 +292,27 @@ def _maxima(context: Context, layer: str, parts: Parts, samples: pa.Table) -> It
 
 
 def _kept(layer: str, parts: list[Location]) -> list[dict[str, Any]]:
-    """What some parts keep of a layer, in their order."""
+    """What some parts keep of a layer, in their order; those of few images are joined."""
     columns = ["number", "maxima", "positions", "map_width", "cells"]
-    return [row for part in parts for row in _rows(tables.read_equal(part, columns, "layer", layer))]
+    kept: list[dict[str, Any]] = []
+    few: list[dict[str, Any]] = []
+    for part in parts:
+        few += _rows(tables.read_equal(part, columns, "layer", layer))
+        if sum(len(row["number"]) for row in few) >= _FEW:
+            kept.append(_joined(few))
+            few = []
+    return [*kept, _joined(few)] if few else kept
+
+
+def _joined(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Of neighbouring parts, as if they were one."""
+    if len(rows) == 1:
+        return rows[0]
+    return rows[0] | {name: np.concatenate([row[name] for row in rows]) for name in ("number", "maxima", "positions")}
 
 
 def _images(context: Context, layer: str, row: dict[str, Any], samples: pa.Table) -> pa.Table:
-    """A part's images with their maxima in a layer."""
+    """The images of some parts with their maxima in a layer."""
     count = len(row["number"])
     columns = {
         **{name: [value] * count for name, value in context.identity.items()},

@@ -9,7 +9,7 @@ import torch
 
 from pipeline.runs import Run
 from pipeline.shards import Index
-from pipeline.work import cut
+from pipeline.work import Cut
 from zfnet import images
 
 
@@ -62,7 +62,7 @@ def top9_by_definition(run: Path, data: Path, layers: dict[str, str], part_size:
         )
         for layer, child in layers.items()
     ]
-    for part in cut(index.split("val"), part_size):
+    for part in Cut(index.split("val"), part_size):
         for start in range(0, part.num_rows, batch_size):
             samples = list(index.read(part.slice(start, batch_size)))
             size = model.preprocessing.resize_px, model.preprocessing.crop_px

@@ -26,7 +26,7 @@ from pipeline.errors import SweepFailed
 from pipeline.indexing import index_shards
 from pipeline.runs import Run, RunError
 from pipeline.shards import Index
-from pipeline.work import cut
+from pipeline.work import Cut
 from tests.conftest import ROOT, SHARED, random_model, samples
 from tests.pipeline.exact import assert_same
 from tests.tars import write_tar
@@ -99,7 +99,7 @@ def by_definition(runs, data, views):
 
     models = sorted((Run.at(str(run)).load_model() for run in runs), key=lambda model: model.model_id)
     index, rows = Index.load(str(data)), []
-    for part in cut(index.split("val"), CUT["part_size"]):
+    for part in Cut(index.split("val"), CUT["part_size"]):
         for start in range(0, part.num_rows, CUT["batch_size"]):
             batch = list(index.read(part.slice(start, CUT["batch_size"])))
             pictures = [Image.open(io.BytesIO(sample.image)).convert("RGB") for sample in batch]

@@ -17,7 +17,7 @@ from pipeline.errors import SweepFailed
 from pipeline.indexing import index_shards
 from pipeline.runs import Run, RunError
 from pipeline.shards import Index
-from pipeline.work import cut
+from pipeline.work import Cut
 from tests.conftest import CLASSES, samples
 from tests.pipeline.exact import assert_same
 from tests.tars import write_tar
@@ -44,7 +44,7 @@ def by_definition(run, data, split, pool):
     for layer, child in LAYERS.items():
         note = partial(lambda layer, module, args, output: seen.update({layer: output.clone()}), layer)
         model.network.get_submodule(child).register_forward_hook(note)
-    for part in cut(index.split(split), CUT["part_size"]):
+    for part in Cut(index.split(split), CUT["part_size"]):
         for start in range(0, part.num_rows, CUT["batch_size"]):
             some = list(index.read(part.slice(start, CUT["batch_size"])))
             size = model.preprocessing.resize_px, model.preprocessing.crop_px

@@ -7,16 +7,18 @@ from fractions import Fraction
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
 
-from pipeline import derive, sweep
+from pipeline import derive, sweep, tables
 from pipeline.analyses import duplicates, groups, maxima, top9
 from pipeline.cluster import Workers
 from pipeline.context import Options
 from pipeline.errors import SweepFailed
 from pipeline.runs import Run, RunError
+from pipeline.storage import Location
 from tests.pipeline.exact import assert_same, bits, files, top9_by_definition
 
 LAYERS = {"conv1": "relu1", "conv5": "relu5"}
@@ -170,6 +172,39 @@ def test_maxima_do_not_depend_on_the_workers(swept, ray_cluster, tmp_path):
     shutil.copytree(run, other, ignore=shutil.ignore_patterns("results"))
     run_top9(other, data, num=2)
     assert_same(run, other, "maxima", "top9", "feature_maps")
+
+
+@pytest.mark.parametrize(("few", "row_groups"), [(1, 7), (10, 4), (1000, 4)])
+def test_maxima_do_not_depend_on_how_many_parts_are_joined(swept, tmp_path, monkeypatch, few, row_groups):
+    run, data = swept
+    other = tmp_path / "other"
+    shutil.copytree(run, other, ignore=shutil.ignore_patterns("results"))
+    monkeypatch.setattr("pipeline.fold.FAN_IN", 2)
+    monkeypatch.setattr("pipeline.tables.ROW_GROUP_BYTES", 1)
+    monkeypatch.setattr(top9, "_FEW", few)
+    run_top9(other, data)
+    assert_same(run, other, "maxima", "top9", "feature_maps")
+    written = [pq.ParquetFile(at / "results" / "maxima" / "conv1.parquet").num_row_groups for at in (run, other)]
+    assert written == [1, row_groups], "seven parts one by one, or in pairs"
+
+
+def test_parts_of_few_images_are_joined_and_those_without_keep_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(top9, "_FEW", 2)
+    schema = top9.part_schema(top9.Config())
+    lists = {field.name: [1.0] if pa.types.is_list(field.type) else 4 for field in schema} | {"layer": "conv1"}
+    for name, rows in {"empty": [], "one": [lists]}.items():
+        tables.write(pa.Table.from_pylist(rows, schema), Location.of(tmp_path / f"{name}.parquet"))
+    empty, one = (Location.of(tmp_path / f"{name}.parquet") for name in ("empty", "one"))
+    assert top9._kept("conv1", [empty, empty]) == []
+    both, rest = top9._kept("conv1", [empty, one, empty, one, one])
+    assert {name: np.asarray(value).tolist() for name, value in both.items()} == {
+        "number": [1, 1],
+        "maxima": [1.0, 1.0],
+        "positions": [1, 1],
+        "map_width": 4,
+        "cells": 4,
+    }
+    assert rest["number"].tolist() == [1]
 
 
 def test_duplicates_are_the_pairs_that_correlate(swept):

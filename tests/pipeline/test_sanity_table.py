@@ -11,7 +11,7 @@ from pipeline.analyses import sanity, top9
 from pipeline.cluster import Workers
 from pipeline.context import Options
 from pipeline.runs import Run, RunError
-from pipeline.work import cut
+from pipeline.work import Cut
 from tests.conftest import load_index
 from tests.pipeline.exact import assert_same
 from zfnet import images
@@ -41,7 +41,7 @@ def run_and_data(make_run, make_shards):
 
 def pixels_of(data):
     index = load_index(data)
-    samples = [sample for part in cut(index.split("val"), 64) for sample in index.read(part)]
+    samples = [sample for part in Cut(index.split("val"), 64) for sample in index.read(part)]
     return {sample.key: images.centre_crop(images.decode(sample.image), 72, 64)[0] for sample in samples}
 
 

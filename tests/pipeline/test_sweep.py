@@ -19,7 +19,7 @@ from pipeline.context import Options
 from pipeline.errors import SweepFailed
 from pipeline.runs import Run, RunError
 from pipeline.storage import StorageError
-from pipeline.work import cut
+from pipeline.work import Cut
 from tests.conftest import samples
 from tests.pipeline.exact import assert_same, files, top9_by_definition
 from tests.tars import write_tar
@@ -160,7 +160,7 @@ def test_parts_are_cut_by_shard_and_size(make_shards):
     from pipeline.shards import Index
 
     rows = Index.load(str(make_shards(val=UNEQUAL))).split("val")
-    parts = cut(rows, 8)
+    parts = Cut(rows, 8)
     assert [part.num_rows for part in parts] == [8, 8, 4, 8, 5, 8, 1]
     assert [key for part in parts for key in part["key"].to_pylist()] == rows["key"].to_pylist()
 
