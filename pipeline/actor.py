@@ -33,6 +33,9 @@ from zfnet.activations import NotFinite
 WORKER_DIED = "worker_died"
 """The reason in `skipped` of the images of a part that was given up."""
 
+_DECODED_AHEAD = 256
+"""Images of a part that are decoded before the network runs on the first of them, on a CPU."""
+
 Pictures = tuple[list[Any], list[Skipped]]
 """Of a batch: what was decoded and what was skipped."""
 
@@ -202,19 +205,31 @@ class PartActor:
 
     def _on_cpu(self, batches: list[pa.Table], decoded: Sequence[Pictures | None], spent: Spent) -> Iterator[Done]:
         """Each thread takes whole batches with one torch thread, so neither decoding nor the network ever waits, and
-        the number of threads cannot change a sum."""
+        the number of threads cannot change a sum. Many batches are decoded before the network runs on any of them:
+        between two images of a kind of work, its code and the weights stay in the core's cache."""
 
-        def prepare_and_map(rows: pa.Table, decoded: Pictures | None) -> Done:
+        def decode(rows: pa.Table, decoded: Pictures | None) -> Pictures:
             with spent.on("waited"):
-                images, batch, skipped = self._prepare(rows, decoded)
+                return decoded or self.decode(rows)
+
+        def batch_and_map(pictures: Pictures) -> Done:
+            with spent.on("waited"):
+                images, batch, skipped = self._batch(pictures)
             with spent.on("network"):
                 return images, self._map(batch) if images else None, skipped
 
-        return self.pool.map(prepare_and_map, batches, decoded)
+        step = max(self.threads, _DECODED_AHEAD // self.work.context.config.batch_size)
+        for start in range(0, len(batches), step):
+            together = slice(start, start + step)
+            yield from self.pool.map(batch_and_map, self.pool.map(decode, batches[together], decoded[together]))
 
     def _on_gpu(self, batches: list[pa.Table], decoded: Sequence[Pictures | None], spent: Spent) -> Iterator[Done]:
         """Threads decode ahead of the network."""
-        ahead = self.pool.map(self._prepare, batches, decoded)
+
+        def prepare(rows: pa.Table, decoded: Pictures | None) -> Done:
+            return self._batch(decoded or self.decode(rows))
+
+        ahead = self.pool.map(prepare, batches, decoded)
         for _ in batches:
             with spent.on("waited"):
                 images, batch, skipped = next(ahead)
@@ -222,13 +237,11 @@ class PartActor:
                 result = self._map(batch) if images else None
             yield images, result, skipped
 
-    def _prepare(self, rows: pa.Table, decoded: Pictures | None) -> Done:
-        pictures, skipped = decoded or self.decode(rows)
-        return (
-            len(pictures),
-            self.analysis.batch(self.work.context, self.state, pictures) if pictures else None,
-            skipped,
-        )
+    def _batch(self, found: Pictures) -> Done:
+        """What the network runs on."""
+        pictures, skipped = found
+        batch = self.analysis.batch(self.work.context, self.state, pictures) if pictures else None
+        return len(pictures), batch, skipped
 
     def _map(self, batch: Any) -> Any:
         try:

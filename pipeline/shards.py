@@ -17,6 +17,7 @@ import json
 import os
 import re
 import tarfile
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -280,7 +281,7 @@ def _plain_files(data: bytes) -> list[tuple[str, int, int]] | None:
     while place < len(data):
         found = _PLAIN_HEADER.match(data, place + 100)
         # The header's bytes are summed with blanks in the place of the sum, of which one is there.
-        if not found or sum(data[place : place + BLOCK]) - sum(found["sum"]) + 7 * ord(" ") != int(found["sum"], 8):
+        if not found or _sum(data, place) - sum(found["sum"]) + 7 * ord(" ") != int(found["sum"], 8):
             return None
         name = data[place : place + 100].partition(b"\0")[0].decode("utf-8", "surrogateescape")
         length = int(found["size"], 8)
@@ -288,6 +289,12 @@ def _plain_files(data: bytes) -> list[tuple[str, int, int]] | None:
         place = start + -(-length // BLOCK) * BLOCK
         files.append((name, start, length))
     return files if place == len(data) else None
+
+
+def _sum(data: bytes, start: int) -> int:
+    """The sum of a block's bytes. The lower half of Adler-32 is a sum modulo 65521, beyond what half a block has."""
+    middle, end = start + BLOCK // 2, start + BLOCK
+    return (zlib.adler32(data[start:middle], 0) & 0xFFFF) + (zlib.adler32(data[middle:end], 0) & 0xFFFF)
 
 
 def split_name(name: str) -> tuple[str, str] | None:
