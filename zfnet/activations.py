@@ -10,7 +10,9 @@ Samples are integers whose order is the order of their keys; -1 never occurs, `N
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,6 +20,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from zfnet.graph import Graph
 from zfnet.reduction import reduce_cells
 
 NONE = np.iinfo(np.int64).max
@@ -72,23 +75,53 @@ class Strongest:
         )
 
 
-def strongest(activation: Tensor) -> Strongest:
+def strongest(activation: Tensor, rectify: bool = False) -> Strongest:
     """The strongest cell of every map; of equal cells the first in row-major order.
 
     Args:
         activation: [N, C, H, W], fastest if channels-last; or [N, C] of a fully connected layer (1x1 maps).
+        rectify: take the ReLU of it first, in place, in the same pass where it is channels-last.
 
     Raises: NotFinite where an activation is NaN or infinite: it would sort nowhere.
     """
-    if activation.dim() == 2:
-        activation = activation[:, :, None, None]
-    cells = activation.permute(0, 2, 3, 1).contiguous()  # maps innermost, as convolutions of an image leave them
-    found = Strongest(*reduce_cells(cells), shape=(cells.shape[1], cells.shape[2]))
+    maps = activation[:, :, None, None] if activation.dim() == 2 else activation
+    cells = maps.permute(0, 2, 3, 1)  # maps innermost, as convolutions of an image leave them
+    if rectify and not cells.is_contiguous():
+        activation.relu_()  # it is a copy that is reduced
+    found = Strongest(*reduce_cells(cells.contiguous(), rectify), shape=(cells.shape[1], cells.shape[2]))
     if not np.isfinite(found.total).all():
-        broken = (~torch.isfinite(activation)).flatten(2).any(-1).nonzero()
+        broken = (~torch.isfinite(activation)).reshape(*maps.shape[:2], -1).any(-1).nonzero()
         if len(broken):
             raise NotFinite(*(int(v) for v in broken[0]))
     return found
+
+
+def strongest_of_layers(graph: Graph, x: Tensor, layers: Collection[str]) -> dict[str, Strongest]:
+    """The strongest cells of layers of a network, for images x [N, channels, rows, columns].
+
+    Only what the layers need is run, and a layer's own ReLU is computed in the pass over its cells.
+
+    Raises: UnknownLayer; NotFinite.
+    """
+    nodes = {layer: graph.activation_of(layer) for layer in layers}
+    found: dict[str, Strongest] = {}
+
+    def rectify_and_find(node: str, x: Tensor) -> Tensor:
+        found[node] = strongest(x, rectify=True)
+        return x
+
+    own = [node for node in nodes.values() if _may_write_over_its_input(graph, node, nodes.values())]
+    activations = graph.run(x, nodes.values(), {node: partial(rectify_and_find, node) for node in own})
+    return {layer: found.get(node) or strongest(activations[node]) for layer, node in nodes.items()}
+
+
+def _may_write_over_its_input(graph: Graph, node: str, wanted: Collection[str]) -> bool:
+    """Whether it is a ReLU of what a convolution, linear layer or batch norm made for it alone."""
+    if graph[node].kind != "relu":
+        return False
+    (source,) = graph[node].inputs
+    made = graph[source].kind in ("conv", "linear", "batchnorm")
+    return made and source not in wanted and graph.users[source] == (node,)
 
 
 @dataclass(frozen=True, eq=False)
@@ -224,8 +257,8 @@ class Statistics:
     def of(cls, found: Strongest) -> Statistics:
         """The statistics of some images."""
         alive = found.value > 0
-        _, feature_map = np.nonzero(alive)
-        bins, counts = np.unique(feature_map * BINS + bin_of(found.value[alive]), return_counts=True)
+        bin_ = np.arange(found.value.shape[1]) * BINS + bin_of(found.value)
+        bins, counts = np.unique(bin_[alive], return_counts=True)
         return cls(
             images=len(found.value),
             cells=found.cells,

@@ -1,8 +1,9 @@
 """One pass over a layer's cells for the strongest cell, the sum and the number of active cells of every map.
 
-Two ways to the same numbers: `compiled`, machine code by Numba for the CPU, which reads the activations once; and
-`vectorised`, torch's own operations for a GPU and for other types of number, which read them four times. The compiled
-one adds in the order of the cells, whatever the processor, so its sums are the same bit for bit on every machine.
+It may be the layer's ReLU as well, which by itself moves all cells through memory once more. Two ways to the same
+numbers: `compiled`, machine code by Numba for the CPU, which reads the activations once; and `vectorised`, torch's own
+operations for a GPU and for other types of number, which read them four times. The compiled one adds in the order of
+the cells, whatever the processor, so its sums are the same bit for bit on every machine.
 """
 
 from __future__ import annotations
@@ -26,23 +27,24 @@ class Reduced(NamedTuple):
     active: npt.NDArray[np.int64]  # [C] the number above zero
 
 
-def reduce_cells(cells: Tensor) -> Reduced:
+def reduce_cells(cells: Tensor, rectify: bool = False) -> Reduced:
     """The reduction of contiguous cells [N, H, W, C], maps innermost, on the device that holds them.
 
-    Where a cell is NaN or infinite the total of its map is too; the map's other numbers then mean nothing.
+    With `rectify` their ReLU is taken first, in place. Where a cell is NaN or infinite the total of its map is too; the
+    map's other numbers then mean nothing.
     """
     if cells.device.type == "cpu" and cells.dtype == torch.float32:
-        return compiled(cells)
-    return vectorised(cells)
+        return compiled(cells, rectify)
+    return vectorised(cells.relu_() if rectify else cells)
 
 
-def compiled(cells: Tensor) -> Reduced:
+def compiled(cells: Tensor, rectify: bool = False) -> Reduced:
     """The reduction of float32 cells [N, H, W, C] in the memory of the CPU, in one pass by the calling thread."""
     images, _, _, maps = cells.shape
     reduced = Reduced(
         np.empty((images, maps), np.float32), np.zeros((images, maps), np.int32), np.zeros(maps), np.zeros(maps, int)
     )
-    _kernel()(cells.detach().numpy(), *reduced)
+    _kernel()(cells.detach().numpy(), rectify, *reduced)
     return reduced
 
 
@@ -74,7 +76,7 @@ def _kernel() -> Callable[..., None]:
         return translate()(_reduce)
 
 
-def _reduce(cells: Any, value: Any, position: Any, total: Any, active: Any) -> None:
+def _reduce(cells: Any, rectify: bool, value: Any, position: Any, total: Any, active: Any) -> None:
     images, rows, columns, maps = cells.shape
     of_row = np.empty(maps, np.float32)
     count = np.empty(maps, np.int32)
@@ -88,6 +90,9 @@ def _reduce(cells: Any, value: Any, position: Any, total: Any, active: Any) -> N
                 here = np.int32(row * columns + column)
                 for c in range(maps):  # innermost, as they lie in memory: the loop that becomes vector instructions
                     cell = cells[image, row, column, c]
+                    if rectify:
+                        cell = np.float32(0) if cell < 0 else cell  # NaN and -0 stay, as torch.relu leaves them
+                        cells[image, row, column, c] = cell
                     of_row[c] += cell
                     count[c] += np.int32(cell > 0)
                     stronger = cell > best[c]

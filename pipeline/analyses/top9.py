@@ -25,7 +25,7 @@ from pipeline.fold import Parts, fold_tree
 from pipeline.progress import say
 from pipeline.runs import RunError, require_at_least_one
 from pipeline.storage import Location
-from zfnet.activations import NONE, Statistics, Strongest, TopK, edges, strongest
+from zfnet.activations import NONE, Statistics, Strongest, TopK, edges, strongest_of_layers
 from zfnet.graph import UnknownLayer
 from zfnet.models.layers import is_convolution
 from zfnet.receptive import receptive_field
@@ -208,10 +208,8 @@ State = dict[str, tuple[TopK, Statistics]]
 
 def map_batch(context: Context, layers: list[str], batch: Batch) -> Found:
     """The strongest cells of each layer. Only what the layers need is run."""
-    nodes = {layer: context.graph.activation_of(layer) for layer in layers}
-    activations = context.graph.run(batch.x, list(nodes.values()))
     numbers = np.array([picture.number for picture in batch.pictures], dtype=np.int64)
-    return Found({layer: strongest(activations[node]) for layer, node in nodes.items()}, numbers)
+    return Found(strongest_of_layers(context.graph, batch.x, layers), numbers)
 
 
 def reduce_part(context: Context, results: list[Found]) -> pa.Table:

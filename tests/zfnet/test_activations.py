@@ -7,8 +7,22 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from networks import Branches, zfnet_like
+from torch import nn
 
-from zfnet.activations import BINS, NONE, NotFinite, Statistics, TopK, bin_of, edges, strongest
+from zfnet.activations import (
+    BINS,
+    NONE,
+    NotFinite,
+    Statistics,
+    Strongest,
+    TopK,
+    bin_of,
+    edges,
+    strongest,
+    strongest_of_layers,
+)
+from zfnet.tracing import trace
 
 
 def entries(top: TopK) -> list[list[tuple[float, int, int, int]]]:
@@ -91,6 +105,50 @@ def test_the_layout_in_memory_changes_nothing():
     one, other = strongest(activation), strongest(turned)
     for name in ("value", "position", "total", "active"):
         assert np.array_equal(getattr(one, name), getattr(other, name)), name
+
+
+def same(one: Strongest, other: Strongest) -> bool:
+    arrays = ("value", "position", "total", "active")
+    return one.shape == other.shape and all(np.array_equal(getattr(one, n), getattr(other, n)) for n in arrays)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_the_relu_can_be_taken_in_the_same_pass(layout):
+    responses = batches(4, 5, maps=7, side=6).contiguous(memory_format=layout)
+    rectified = responses.relu()
+    assert same(strongest(responses, rectify=True), strongest(rectified))
+    assert torch.equal(responses, rectified)
+
+
+class ReadTwice(nn.Module):
+    """What one ReLU reads is read by nobody else, what the other one reads is added to it."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv1, self.conv2 = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3, padding=1)
+        self.bn1 = nn.BatchNorm2d(4)
+        self.relu1, self.relu2 = nn.ReLU(), nn.ReLU()
+
+    def forward(self, x):
+        y = self.conv2(self.relu1(self.bn1(self.conv1(x))))
+        return self.relu2(y) + y
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize(("network", "side"), [(ReadTwice, 12), (Branches, 33), (lambda: zfnet_like(classes=3), 224)])
+def test_layers_reduced_on_their_way_are_those_of_a_whole_run(network, side, layout):
+    torch.manual_seed(0)
+    graph = trace(network().eval().to(memory_format=layout), (3, side, side))
+    x = torch.randn(2, 3, side, side).contiguous(memory_format=layout)
+    given = x.clone()
+    everything = [name for name, op in graph.operations.items() if op.shape]
+    for layers in (graph.layers, everything, everything[::-1]):
+        nodes = {layer: graph.activation_of(layer) for layer in layers}
+        values = graph.run(x, nodes.values())
+        found = strongest_of_layers(graph, x, layers)
+        assert list(found) == list(layers)
+        assert all(same(found[layer], strongest(values[node])) for layer, node in nodes.items())
+    assert torch.equal(x, given)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])

@@ -40,6 +40,17 @@ def test_other_numbers_are_reduced_too(dtype):
         assert np.array_equal(one, other)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_relu_of_the_same_pass_is_torchs_bit_for_bit(dtype):
+    cells = torch.randn(2, 3, 5, 37, generator=torch.Generator().manual_seed(2)).to(dtype)
+    cells[0, 0, 0, :4] = torch.tensor([float("nan"), float("inf"), float("-inf"), -0.0])
+    expected = torch.relu(cells)
+    found = reduce_cells(cells, rectify=True)
+    assert cells.numpy().tobytes() == expected.numpy().tobytes()
+    for one, other in zip(found, reduce_cells(expected), strict=True):
+        assert one[..., 1:].tobytes() == other[..., 1:].tobytes()  # of NaN, only the sum means something
+
+
 def test_without_a_folder_for_compiled_code_it_is_compiled_in_memory(monkeypatch):
     import numba.core.caching
 
