@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 import json
 import os
 import pickle
@@ -196,21 +197,17 @@ class PartActor:
         results: list[Any] = []
         read = 0
         done = self._on_cpu if self.device == "cpu" else self._on_gpu
-        for images, result, not_read in done(batches, decoded or [None] * len(batches), spent):
+        for images, result, not_read in done(batches, decoded or [], spent):
             skipped += not_read
             read += images
             if images:
                 results.append(result)
         return results, skipped, read
 
-    def _on_cpu(self, batches: list[pa.Table], decoded: Sequence[Pictures | None], spent: Spent) -> Iterator[Done]:
+    def _on_cpu(self, batches: list[pa.Table], decoded: Sequence[Pictures], spent: Spent) -> Iterator[Done]:
         """Each thread takes whole batches with one torch thread, so neither decoding nor the network ever waits, and
         the number of threads cannot change a sum. Many batches are decoded before the network runs on any of them:
         between two images of a kind of work, its code and the weights stay in the core's cache."""
-
-        def decode(rows: pa.Table, decoded: Pictures | None) -> Pictures:
-            with spent.on("waited"):
-                return decoded or self.decode(rows)
 
         def batch_and_map(pictures: Pictures) -> Done:
             with spent.on("waited"):
@@ -221,15 +218,33 @@ class PartActor:
         step = max(self.threads, _DECODED_AHEAD // self.work.context.config.batch_size)
         for start in range(0, len(batches), step):
             together = slice(start, start + step)
-            yield from self.pool.map(batch_and_map, self.pool.map(decode, batches[together], decoded[together]))
+            yield from self.pool.map(batch_and_map, decoded[together] or self._decode_all(batches[together], spent))
 
-    def _on_gpu(self, batches: list[pa.Table], decoded: Sequence[Pictures | None], spent: Spent) -> Iterator[Done]:
+    def _decode_all(self, batches: list[pa.Table], spent: Spent) -> Iterator[Pictures]:
+        """The pictures of each batch. A thread reads and decodes several batches at once, each time a half of its share
+        of them: one that is done early takes more."""
+
+        def decode(group: list[pa.Table]) -> list[Pictures]:
+            with spent.on("waited"):
+                pictures, skipped = self.decode(pa.concat_tables(group))
+            found: list[Pictures] = [([], []) for _ in group]
+            batch_of = {key: found[i] for i, rows in enumerate(group) for key in rows["key"].to_pylist()}
+            for picture in pictures:
+                batch_of[picture.sample.key][0].append(picture)
+            for sample in skipped:
+                batch_of[sample.key][1].append(sample)
+            return found
+
+        size = -(-len(batches) // (2 * self.threads))
+        groups = [batches[start : start + size] for start in range(0, len(batches), size)]
+        return itertools.chain.from_iterable(self.pool.map(decode, groups))
+
+    def _on_gpu(self, batches: list[pa.Table], decoded: Sequence[Pictures], spent: Spent) -> Iterator[Done]:
         """Threads decode ahead of the network."""
-
-        def prepare(rows: pa.Table, decoded: Pictures | None) -> Done:
-            return self._batch(decoded or self.decode(rows))
-
-        ahead = self.pool.map(prepare, batches, decoded)
+        if decoded:
+            ahead = self.pool.map(self._batch, decoded)
+        else:
+            ahead = self.pool.map(lambda rows: self._batch(self.decode(rows)), batches)
         for _ in batches:
             with spent.on("waited"):
                 images, batch, skipped = next(ahead)

@@ -186,7 +186,8 @@ class Work:
             "environment": environment(device),
         }
         table = table.replace_schema_metadata({"part": json.dumps(identity, sort_keys=True)})
-        tables.write(table, self.part(number), row_group_bytes=_PART_ROW_GROUP_BYTES)
+        # The fold reads it, and it goes: of maxima 7 % larger than by zstd, and written in three quarters of the time.
+        tables.write(table, self.part(number), row_group_bytes=_PART_ROW_GROUP_BYTES, compression="lz4")
 
     def verify(self) -> tuple[list[Skipped], dict[str, str]]:
         """The skipped samples of all parts, and the environment that computed them all.

@@ -12,6 +12,7 @@ import io
 import warnings
 from collections.abc import Collection
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
@@ -132,8 +133,13 @@ class Preprocessing:
         if self.maximum != 255.0:
             x *= self.maximum / 255.0
         x -= _of_each_pixel(self._mean(pixels.device, top, left), *pixels.shape[1:3])
-        x /= _of_each_pixel(self.std.to(pixels.device), *pixels.shape[1:3])
+        if self._scales:
+            x /= _of_each_pixel(self.std.to(pixels.device), *pixels.shape[1:3])
         return x.permute(0, 3, 1, 2)
+
+    @cached_property
+    def _scales(self) -> bool:
+        return bool((self.std != 1).any())
 
     def mean_pixels(self) -> Tensor:
         """[crop_px, crop_px, 3], RGB, 0 to 255: the image that the network sees as zero everywhere."""
