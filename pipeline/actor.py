@@ -14,6 +14,7 @@ import traceback
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import cached_property
 from typing import Any
 
 import pyarrow as pa
@@ -35,7 +36,7 @@ WORKER_DIED = "worker_died"
 """The reason in `skipped` of the images of a part that was given up."""
 
 _DECODED_AHEAD = 256
-"""Images of a part that are decoded before the network runs on the first of them, on a CPU."""
+"""Images of a part that are decoded before a CPU runs the network on the first of them, if each is seen once."""
 
 Pictures = tuple[list[Any], list[Skipped]]
 """Of a batch: what was decoded and what was skipped."""
@@ -215,10 +216,17 @@ class PartActor:
             with spent.on("network"):
                 return images, self._map(batch) if images else None, skipped
 
-        step = max(self.threads, _DECODED_AHEAD // self.work.context.config.batch_size)
-        for start in range(0, len(batches), step):
-            together = slice(start, start + step)
+        for start in range(0, len(batches), self._ahead):
+            together = slice(start, start + self._ahead)
             yield from self.pool.map(batch_and_map, decoded[together] or self._decode_all(batches[together], spent))
+
+    @cached_property
+    def _ahead(self) -> int:
+        """Batches that are decoded before the network runs on any of them. Few where an image has many views: they take
+        memory, and the network takes so long that the caches do not matter."""
+        images = _DECODED_AHEAD // self.analysis.forwards(self.work.context)
+        batches: int = images // self.work.context.config.batch_size
+        return max(self.threads, batches)
 
     def _decode_all(self, batches: list[pa.Table], spent: Spent) -> Iterator[Pictures]:
         """The pictures of each batch. A thread reads and decodes several batches at once, each time a half of its share

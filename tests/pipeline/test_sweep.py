@@ -13,9 +13,10 @@ import pytest
 import torch
 
 from pipeline import lease, sweep, work
+from pipeline.actor import PartActor, torch_settings_kept
 from pipeline.analyses import deconv, occlusion, top9
-from pipeline.cluster import CannotSchedule, Workers
-from pipeline.context import Options
+from pipeline.cluster import CannotSchedule, Resources, Workers
+from pipeline.context import Options, normalised
 from pipeline.errors import SweepFailed
 from pipeline.runs import Run, RunError
 from pipeline.storage import StorageError
@@ -401,6 +402,34 @@ def test_skipped_samples_are_counted_and_named(make_run, tmp_path, capsys):
     assert sum(entry["skipped"].values()) == 3
     assert pd.read_parquet(run / "results" / "feature_maps").images.unique().tolist() == [7]
     assert run_top9(run, data, max_skipped=0.3) == 0
+
+
+@pytest.mark.parametrize("threads", [1, 2, 7])
+def test_a_batch_is_the_same_images_whatever_is_read_together(make_run, tmp_path, threads):
+    from pipeline.indexing import index_shards
+
+    data = tmp_path / "data"
+    data.mkdir()
+    pictures = samples(20)
+    for broken in (0, 3, 4, 5, 13):  # a batch of 3 is lost whole
+        pictures[broken] = (pictures[broken][0], {"jpg": b"broken"})
+    write_tar(data / "val-0.tar", pictures)
+    index_shards([str(data / "val-0.tar")], str(data), classes=None, accept_damaged=False)
+    given = Options(run=str(make_run()), data=str(data)), top9.Config(layers=("conv1",), batch_size=3), ["conv1"]
+    seen = []
+
+    def batch(context, state, some):
+        seen.append([picture.sample.key for picture in some])
+        return normalised(context, state, some)
+
+    with torch_settings_kept():
+        actor = PartActor(top9.__name__, *given, Resources(1, threads, 0.0), "session", None)
+        actor.analysis = replace(actor.analysis, batch=batch)
+        _, skipped = actor.compute(0)
+    keys = [key for key, _ in pictures]
+    assert [sample.key for sample in skipped] == [keys[i] for i in (0, 3, 4, 5, 13)]
+    good = [[k for k in keys[i : i + 3] if k not in {s.key for s in skipped}] for i in range(0, 20, 3)]
+    assert sorted(seen) == sorted(filter(None, good))
 
 
 def test_images_without_labels_are_swept(make_run, tmp_path):
