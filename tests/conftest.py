@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -15,6 +16,10 @@ SHARED = ROOT.parent / "shared"
 sys.path.insert(0, str(ROOT))
 os.environ.pop("ZFNET_HOME", None)
 torch.set_num_threads(1)
+
+# No test asserts a time, on a busy machine neither.
+settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("untimed")
 
 from pipeline.indexing import index_shards  # noqa: E402
 from pipeline.runs import Run  # noqa: E402

@@ -90,9 +90,7 @@ def resident(name):
     return int(line.split()[1]) / 1024
 
 
-cases = functools.partial(
-    settings, database=None, deadline=None, print_blob=True, suppress_health_check=list(HealthCheck)
-)
+cases = functools.partial(settings, database=None, print_blob=True, suppress_health_check=list(HealthCheck))
 
 
 def jpeg():

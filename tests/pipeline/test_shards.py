@@ -131,7 +131,7 @@ def test_damage_after_the_index_was_made_skips_just_what_is_lost(shard, kind):
         assert found == ["ok"] * 4 + ["truncated"] * 6
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.data())
 def test_the_fast_reader_of_headers_is_tarfile_or_leaves_it_to_it(data):
     """Of a sample as tars hold it, with some bytes changed: none, or those of any header or member."""

@@ -62,7 +62,7 @@ def batches(seed: int, images: int, maps: int = 3, side: int = 3, levels: int = 
 
 
 @given(seed=st.integers(0, 10**6), images=st.integers(1, 12), k=st.integers(1, 9))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_topk_is_the_definition(seed, images, k):
     activation = batches(seed, images)
     samples = np.random.default_rng(seed).permutation(images)
@@ -71,7 +71,7 @@ def test_topk_is_the_definition(seed, images, k):
 
 
 @given(seed=st.integers(0, 10**6), cuts=st.lists(st.integers(0, 12), max_size=4), k=st.integers(1, 9))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_a_merge_does_not_care_for_order_grouping_or_repetition(seed, cuts, k):
     activation = batches(seed, 12)
     samples = np.random.default_rng(seed).permutation(12)
@@ -161,7 +161,7 @@ def test_what_is_not_finite_fails_and_names_the_image(value):
 
 
 @given(seed=st.integers(0, 10**6), images=st.integers(1, 9), cut=st.integers(1, 8))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_statistics_are_the_definition_and_merge(seed, images, cut):
     generator = torch.Generator().manual_seed(seed)
     activation = torch.randn(images, 3, 2, 2, generator=generator).relu() * 10.0 ** (seed % 7 - 3)

@@ -138,7 +138,7 @@ def test_zfnet_with_contrast_normalisation_projects_as_the_paper_defines_it(laye
             assert error(whole(projections, index, images.shape[1:]), reference) <= 1e-12
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     chain=chains(sizes=(6, 13), depth=(2, 4)), unpool=st.sampled_from(["sum", "max", "last"]), seed=st.integers(0, 99)
 )
@@ -155,7 +155,7 @@ def test_random_integer_chains_project_exactly(chain, unpool, seed):
             assert torch.equal(whole(projections, index, shape), reference)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(chain=chains(sizes=(6, 13), depth=(2, 4)), seed=st.integers(0, 99))
 def test_the_mean_of_shared_switches(chain, seed):
     model, shape = chain
@@ -181,7 +181,7 @@ def test_a_cell_of_a_pool_goes_to_the_place_of_its_maximum_alone():
     assert not pixels[0, 0].any()
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(chain=chains(sizes=(6, 13), depth=(2, 4)), seed=st.integers(0, 99))
 def test_all_cells_of_a_map_project_as_the_whole_deconvnet_does(chain, seed):
     model, shape = chain
@@ -225,7 +225,7 @@ def whole_and_in_windows(graph, images, layer, cells, **semantics):
     return whole, in_windows(graph, images, layer, cells, **semantics)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(chain=chains(sizes=(6, 20), depth=(2, 5)), seed=st.integers(0, 99), blank=st.booleans())
 def test_switches_of_windows_are_those_of_the_whole_image_bit_for_bit(chain, seed, blank):
     """Small integers: full of equal maxima; a blank image has nothing else."""
@@ -247,7 +247,7 @@ def test_switches_of_windows_are_those_of_the_whole_image_bit_for_bit(chain, see
         assert torch.equal(switches if beside is None else switches.masked_fill(beside, 0), expected), name
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(chain=chains(pools=("max", "average"), sizes=(6, 20), depth=(2, 4)), seed=st.integers(0, 99))
 def test_random_chains_project_the_same_from_their_windows(chain, seed):
     model, shape = chain
@@ -411,7 +411,7 @@ def test_captum_agrees_on_torchvision_networks(name, size, layers):
         assert captum_error(model, images, layer) <= 1e-12, layer
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(chain=chains(pools=("max", "average")), seed=st.integers(0, 99))
 @pytest.mark.filterwarnings("ignore")
 def test_captum_agrees_on_random_chains(chain, seed):
@@ -516,7 +516,7 @@ def forked(draw) -> tuple[nn.Module, tuple[int, int, int]]:
     return Forks(4, draw(st.lists(fork, min_size=1, max_size=3)), generator).double().eval(), shape
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(forks=forked(), seed=st.integers(0, 99))
 @pytest.mark.filterwarnings("ignore")
 def test_random_branches_sum_their_windows(forks, seed):
@@ -571,7 +571,7 @@ def test_all_options_gradient_is_the_gradient(layer):
     assert gradient_error(model, images, layer, rectify=False, relu="gradient", normalisation="gradient") <= 1e-12
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(chain=chains(pools=("max", "average")), seed=st.integers(0, 99))
 def test_the_way_down_is_the_adjoint_of_the_way_up(chain, seed):
     model, shape = chain

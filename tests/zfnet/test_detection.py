@@ -55,7 +55,7 @@ def test_equal_scores_are_taken_in_the_order_given():
     assert by_score(np.array([0.5, 0.9, 0.5, 0.9])).tolist() == [1, 3, 0, 2]
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.lists(st.booleans(), min_size=1, max_size=30), st.integers(0, 5))
 def test_average_precision_is_the_area_under_the_highest_precision_from_each_recall_on(right, missed):
     objects = sum(right) + missed

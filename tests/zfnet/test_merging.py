@@ -42,7 +42,7 @@ def naive_merge(boxes, threshold, average):
     return boxes
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(WINDOWS, st.sampled_from([0.0, 0.3, 0.6, 1.0, 2.0]), st.sampled_from(["paper", "confidence"]))
 def test_merging_follows_the_papers_steps(windows, threshold, average):
     boxes = np.array([[top, left, top + h, left + w] for top, left, h, w, _ in windows], float).reshape(-1, 4)

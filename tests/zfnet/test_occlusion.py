@@ -239,7 +239,7 @@ blocks = st.tuples(
 )
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     blocks=st.lists(blocks, min_size=1, max_size=4),
     sides=st.tuples(st.integers(1, 12), st.integers(1, 12)),
@@ -300,7 +300,7 @@ def test_the_only_convolution_is_watched_though_it_gives_the_classes():
         watched_layer(trace(nn.Sequential(nn.Flatten(), nn.Linear(12, 3)), (3, 2, 2)))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(chain=chains(pools=("max", "average"), sizes=(14, 14)), occluder=st.integers(1, 9), stride=st.integers(1, 5))
 def test_incremental_is_dense_on_random_chains(chain, occluder, stride):
     model, shape = chain

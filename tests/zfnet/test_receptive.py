@@ -78,7 +78,7 @@ def pixels_with_influence(model: nn.Module, shape, row: int, col: int) -> np.nda
     return (gradient[0].abs().sum(0) > 0).numpy()
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(chain=chains(pools=("average",)))
 def test_every_cell_of_a_random_chain_sees_its_box_and_nothing_else(chain):
     model, shape = chain
