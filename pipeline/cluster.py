@@ -42,6 +42,10 @@ and the object store hold no more."""
 _AHEAD = 4
 """Calls for each thread that are under way, or wait for a thread or for who asked for them."""
 
+_READERS = ("iter_threaded", "Prefetcher")
+"""Names of Ray Data's threads that read results ahead of who asks for them (Ray 2.60)."""
+_READER_SECONDS = 2.0
+
 _MARK = 0.001
 """How much an actor asks of a resource that only marks nodes: a thousand actors find room on each of them."""
 
@@ -168,7 +172,16 @@ def connected(address: str | None) -> Iterator[None]:
         with nullcontext() if address is None else _watched(ray.get_runtime_context().gcs_address):
             yield
     finally:
+        _await_readers()
         ray.shutdown()
+
+
+def _await_readers() -> None:
+    """Wait for the threads in which Ray Data reads ahead. After an error they are still ending, and one that asks Ray
+    for something after its end ends the process, before the error is told."""
+    for thread in threading.enumerate():
+        if thread.name in _READERS:
+            thread.join(_READER_SECONDS)
 
 
 @contextmanager
