@@ -78,7 +78,7 @@ def newest(run: Run) -> str | None:
     steps = {}
     for name in _whole(run):
         with suppress(FileNotFoundError):  # workers of a call that was killed are alive some seconds more, and drop it
-            steps[name] = _step(run, name)
+            steps[name] = step_of(run, name)
     return max(steps, key=lambda name: steps[name], default=None)
 
 
@@ -88,7 +88,8 @@ def _whole(run: Run) -> list[str]:
     return [name for name in names if (folder / name / "manifest.json").exists()]
 
 
-def _step(run: Run, name: str) -> int:
+def step_of(run: Run, name: str) -> int:
+    """Steps taken at a whole checkpoint. Raises: RunError where its manifest is damaged."""
     return int(_manifest(run.location / "checkpoints" / name)["step"])
 
 
@@ -112,7 +113,7 @@ def write(run: Run, checkpoint: Checkpoint, keep: Collection[int] = EVOLUTION) -
         _commit(run, checkpoint)
     except StorageError:
         further = newest(run)
-        if further is None or _step(run, further) <= checkpoint.step:
+        if further is None or step_of(run, further) <= checkpoint.step:
             raise
         return
     for epoch in finished(run):

@@ -34,15 +34,25 @@ def forecast(analysis: Analysis, options: Options, work: Work) -> int:
         seconds, size = _probe(analysis, options, work, number, resources)
         share = left / work.parts[number].num_rows
         workers = options.workers.num or 1
-        machine = f"{workers} x {resources.cpus} CPUs{' and a GPU' if gpu else ''} like this machine's"
+        where = machines(workers, resources.cpus, gpu)
         lines += [
             f"forwards  {left * analysis.forwards(work.context):,}",
-            f"hours     {seconds * share / workers / 3600:.3g} on {machine}, without start-up and fold",
+            f"hours     {seconds * share / workers / 3600:.3g} on {where}, without start-up and fold",
             f"storage   {size * share / 1e9:.3g} GB of parts while it works, and about as much for the tables at most",
             f"probe     part {number}, {work.parts[number].num_rows} images in {seconds:.1f} s; nothing was written",
         ]
-    say("\n".join([f"{work.context.table}: forecast for {', '.join(work.slices)}", *(f"  {line}" for line in lines)]))
+    tell(work.context.table, ", ".join(work.slices), lines)
     return 0
+
+
+def machines(count: int, cpus: int, gpu: bool) -> str:
+    """What a forecast's hours are of."""
+    return f"{count} x {cpus} CPUs{' and a GPU' if gpu else ''} like this machine's"
+
+
+def tell(label: str, of: str, lines: list[str]) -> None:
+    """Say a forecast."""
+    say("\n".join([f"{label}: forecast for {of}", *(f"  {line}" for line in lines)]))
 
 
 def _probe(analysis: Analysis, options: Options, work: Work, number: int, resources: Resources) -> tuple[float, int]:

@@ -12,7 +12,7 @@ from pipeline import checkpoints
 from pipeline.actor import torch_settings_kept
 from pipeline.cluster import Workers
 from pipeline.loop import Plan, Rehearsal, Trainer
-from pipeline.progress import say
+from pipeline.plan import machines, tell
 from pipeline.runs import Run
 
 REHEARSAL_SECONDS = 10.0
@@ -53,31 +53,31 @@ def forecast(
     count = workers.num or 1
     epochs, steps = plan.recipe.epochs, plan.train_samples // plan.recipe.batch
     newest = checkpoints.newest(Run.at(plan.run))
-    left = epochs * steps - (0 if newest is None else checkpoints.read(Run.at(plan.run), newest).step)
+    left = epochs * steps - (0 if newest is None else checkpoints.step_of(Run.at(plan.run), newest))
     worker = Worker.of(workers, decoders)
-    seen = _rehearse(plan, trainer, worker, count)
+    share = max(1, plan.recipe.batch // count)
+    seen = _rehearse(replace(plan, recipe=replace(plan.recipe, batch=share)), trainer, worker)
     images = left * plan.recipe.batch
     validated = (plan.samples - plan.train_samples) * -(-left // steps)
     hours = (left * seen.step_seconds + validated * seen.validation_seconds / count) / 3600
     kept = len({*(epoch for epoch in keep if epoch <= epochs), epochs - 1, epochs})
     size = (kept + 1) * seen.weights_bytes + 2 * seen.optimizer_bytes
-    machine = f"{count} x {worker.cpus} CPUs{' and a GPU' if worker.device == 'cuda' else ''} like this machine's"
+    where = machines(count, worker.cpus, gpu=worker.device == "cuda")
     lines = [
         f"steps     {left:,} of {epochs * steps:,} to do, {epochs} epochs of {steps:,}, {images:,} images",
         f"forwards  {images + validated:,}, {images:,} of them with a backward pass",
-        f"hours     {hours:.3g} on {machine}, without start-up and the mean image's pass",
+        f"hours     {hours:.3g} on {where}, without start-up and the mean image's pass",
         f"storage   {size / 1e9:.3g} GB of checkpoints and the model",
-        f"probe     {seen.steps} steps of {plan.recipe.batch // count or 1} images; nothing was written",
+        f"probe     {seen.steps} steps of {share} images; nothing was written",
     ]
-    say("\n".join([f"{label}: forecast for {plan.architecture}", *(f"  {line}" for line in lines)]))
+    tell(label, plan.architecture, lines)
     return 0
 
 
-def _rehearse(plan: Plan, trainer: type[Trainer], worker: Worker, workers: int) -> Rehearsal:
-    """A worker's share of some steps."""
-    share = replace(plan.recipe, batch=max(1, plan.recipe.batch // workers))
+def _rehearse(plan: Plan, trainer: type[Trainer], worker: Worker) -> Rehearsal:
+    """Some steps, whose batch is the worker's share of one."""
     place: dict[str, Any] = {"rank": 0, "world": 1, "checkpoint_steps": 1, "keep_epochs": ()}
     with torch_settings_kept():
         torch.set_num_threads(worker.threads)
-        alone = trainer(replace(plan, recipe=share), device=worker.device, decoders=worker.decoders, **place)
+        alone = trainer(plan, device=worker.device, decoders=worker.decoders, **place)
         return alone.rehearse(REHEARSAL_SECONDS)

@@ -142,9 +142,7 @@ def carry_out(
     directory = Run.at(options.run)
     _refuse_places(options, directory)
     if options.plan and not _is_finished(directory, plan):
-        claim = claim_of(directory)
-        if claim.exists():
-            _refuse_other(directory, claim.read_json(), plan)
+        _refuse_claimed(directory, plan)
         return forecast(plan, trainer, least(options), options.decoders, options.keep_epochs, label)
     if _is_finished(directory, plan):
         say(f"{label}: finished already: {directory.location}")
@@ -265,10 +263,14 @@ def _recipe(options: Options) -> Recipe:
 
 def _claim(directory: Run, plan: Plan) -> None:
     """Write what this run trains before anything else, or check that it is the same. Raises: RunError, StorageError."""
-    claim = claim_of(directory)
-    if claim.exists():
-        _refuse_other(directory, claim.read_json(), plan)
-    claim.write(json.dumps(describe(plan), indent=1).encode(), directory.training)
+    _refuse_claimed(directory, plan)
+    claim_of(directory).write(json.dumps(describe(plan), indent=1).encode(), directory.training)
+
+
+def _refuse_claimed(directory: Run, plan: Plan) -> None:
+    """Raises: RunError where another training was begun there."""
+    if claim_of(directory).exists():
+        _refuse_other(directory, claim_of(directory).read_json(), plan)
 
 
 def _refuse_other(directory: Run, known: dict[str, Any], plan: Plan) -> None:

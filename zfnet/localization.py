@@ -50,6 +50,11 @@ def out_of_frame(relative: Edges, windows: Edges) -> Edges:
     return found
 
 
+def reflected(edges: Edges, width: int) -> Edges:
+    """[..., 4] in the mirror image of what is so wide."""
+    return np.stack([edges[..., 0], width - edges[..., 3], edges[..., 2], width - edges[..., 1]], -1)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Training
 
@@ -105,7 +110,7 @@ def training_view(
     mirrored = bool(rng.random() < 0.5)
     boxes = boxes - np.tile(corner, 2)
     if mirrored:
-        boxes = np.stack([boxes[:, 0], side_px - boxes[:, 3], boxes[:, 2], side_px - boxes[:, 1]], 1)
+        boxes = reflected(boxes, side_px)
     place = np.concatenate([corner, np.array(corner) + side_px]) / np.tile(lengths, 2)
     return TrainingView(_square(resized, corner, side_px, mirrored), boxes, smallest_px, place, mirrored)
 
@@ -121,7 +126,7 @@ def lower_view(image: Image.Image, view: TrainingView, smallest_px: int) -> tupl
     corner = ((there[:2] + there[2:] - side_px) / 2).round().clip(0, lengths - side_px).astype(int)
     there = there - np.tile(corner, 2)
     if view.mirrored:
-        there = np.array([there[0], side_px - there[3], there[2], side_px - there[1]])
+        there = reflected(there, side_px)
     return _square(resized, [int(edge) for edge in corner], side_px, view.mirrored), there
 
 
@@ -302,7 +307,7 @@ class Looker:
 def _to_original(edges: Edges, crop: Crop, mirrored_px: int | None) -> Edges:
     """[..., 4] in pixels of a view, which is mirrored if its width is given, as pixels of the original image."""
     if mirrored_px is not None:
-        edges = np.stack([edges[..., 0], mirrored_px - edges[..., 3], edges[..., 2], mirrored_px - edges[..., 1]], -1)
+        edges = reflected(edges, mirrored_px)
     top, left, height, width = crop.to_original(0, 0, 1, 1)
     found: Edges = edges * np.array([height, width] * 2) + np.array([top, left] * 2)
     return found

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -21,7 +20,7 @@ from pipeline.atlas.records import SEMANTICS, Sources
 from pipeline.atlas.site import Site
 from pipeline.atlas.sprites import webp
 from pipeline.drawing.heatmaps import Frame, Heat, LegendEntry, class_colours, colour_table, heat
-from pipeline.drawing.tiles import around_grey
+from pipeline.drawing.tiles import around_grey, image_of
 from pipeline.fills import hidden
 from pipeline.progress import say
 from pipeline.projections import relative
@@ -186,8 +185,9 @@ def _asset(number: int, panel: str) -> str:
 
 def _picture(site: Site, number: int, row: dict[str, Any]) -> Picture:
     """Write the image and its thumbnail."""
-    image = Image.open(io.BytesIO(row["image_png"])).convert("RGB")
-    site.write_image(_asset(number, "image"), np.asarray(image))
+    pixels = image_of(row)
+    site.write_image(_asset(number, "image"), pixels)
+    image = Image.fromarray(pixels)
     image.thumbnail((_THUMBNAIL_PX, _THUMBNAIL_PX))
     thumbnail = f"assets/occlusion/{number}-thumbnail.webp"
     site.write(thumbnail, webp(image))
@@ -216,8 +216,9 @@ def _panels(site: Site, run: Run, number: int, row: dict[str, Any], classes: lis
         site.write_image(_asset(number, panel), pixels)
     lowest = int(np.argmin(row["probability_map"]))
     example = divmod(lowest, frame.cols)
-    site.write_image(_asset(number, "hidden"), _hidden(run, row, frame, example))
-    width, height = Image.open(io.BytesIO(row["image_png"])).size
+    image = _hidden(run, row, frame, example)
+    site.write_image(_asset(number, "hidden"), image)
+    height, width = image.shape[:2]
     return Panels(
         width,
         height,
@@ -239,11 +240,10 @@ def _panels(site: Site, run: Run, number: int, row: dict[str, Any], classes: lis
 
 def _hidden(run: Run, row: dict[str, Any], frame: Frame, example: tuple[int, int]) -> Pixels:
     """The image with the square at one of its positions; grey stands for the mean where the network is not there."""
-    image = np.asarray(Image.open(io.BytesIO(row["image_png"])).convert("RGB"))
     top, left = (place * frame.stride_px for place in example)
     place = (top, left, row["occluder_px"], row["occluder_width_px"])
     there = row["fill"] != "mean" or (run.location / "run.json").exists()
-    return hidden(image, row["fill"] if there else "128", place, run)
+    return hidden(image_of(row), row["fill"] if there else "128", place, run)
 
 
 def _legend_name(entry: LegendEntry, classes: list[str]) -> str:

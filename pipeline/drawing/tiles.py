@@ -51,6 +51,11 @@ def patch_of(row: Mapping[str, Any]) -> Pixels:
     return np.asarray(Image.open(io.BytesIO(row["patch_png"])).convert("RGB"))
 
 
+def image_of(row: Mapping[str, Any]) -> Pixels:
+    """The network's input pixels of a row with `image_png`."""
+    return np.asarray(Image.open(io.BytesIO(row["image_png"])).convert("RGB"))
+
+
 def tile(pixels: Pixels, box: Box, side: int) -> Pixels:
     """The pixels at their place in the box, the box centred in a square [side, side, RGBA]; the rest is hatched."""
     scale = side / max(box.height, box.width)

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 
 from matplotlib.figure import Figure
 
+from pipeline.drawing.tiles import image_of
 from pipeline.figures.sheet import picture, sheet
 from pipeline.figures.source import Source
-from pipeline.figures.tiles import image_of
 from pipeline.fills import hidden
 
 PARTS = 6  # columns beside the original

@@ -10,9 +10,10 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from pipeline.drawing.heatmaps import class_colours
+from pipeline.drawing.tiles import image_of
 from pipeline.figures.sheet import Pixels, mosaic, picture, sheet, wrapped
 from pipeline.figures.source import Missing, Row, Source
-from pipeline.figures.tiles import PLACE, PROJECTION, image_of, whole_projection
+from pipeline.figures.tiles import PLACE, PROJECTION, whole_projection
 from pipeline.fills import hidden
 
 OTHERS = 3  # further images that excite the map, as printed

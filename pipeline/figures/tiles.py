@@ -1,12 +1,10 @@
-"""From a row of a table to the tiles of a figure: its projection, its patch and its image."""
+"""From a row of a table to the tiles of a figure: its projection and its patch."""
 
 from __future__ import annotations
 
-import io
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from pipeline import projections
 from pipeline.drawing.tiles import Box, around_grey, patch_of, tile
@@ -33,11 +31,6 @@ def whole_projection(row: dict[str, Any], input_px: int) -> Pixels:
     top, left = max(row["top"], 0), max(row["left"], 0)
     drawn[top : top + pixels.shape[0], left : left + pixels.shape[1]] = pixels
     return drawn
-
-
-def image_of(row: dict[str, Any]) -> Pixels:
-    """The network's input pixels of a row with `image_png`."""
-    return np.asarray(Image.open(io.BytesIO(row["image_png"])).convert("RGB"))
 
 
 def _box(row: dict[str, Any], input_px: int) -> Box:

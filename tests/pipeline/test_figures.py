@@ -26,6 +26,7 @@ from pipeline.analyses import (
 )
 from pipeline.cluster import Workers
 from pipeline.context import Options
+from pipeline.drawing.tiles import image_of
 from pipeline.figures import book, filters, markdown, masks, sheet, source, tiles
 from pipeline.figures import evolution as evolution_figure
 from pipeline.figures import invariance as invariance_figure
@@ -156,7 +157,7 @@ def test_figure_6_says_so_where_deconv_has_none_of_the_second_layer(run, tmp_pat
 
 @pytest.mark.parametrize("fill", ["9", "255,0,7", "mean", "blur"])
 def test_a_part_is_hidden_as_the_network_saw_it(run, fill):
-    pixels = tiles.image_of(frame(run, "occlusion").iloc[0].to_dict())
+    pixels = image_of(frame(run, "occlusion").iloc[0].to_dict())
     drawn = fills.hidden(pixels, fill, (-3, 40, 13, 13), run)
     expected = pixels.copy()
     inside = expected[:10, 40:53]  # cut to the image
@@ -176,7 +177,7 @@ def test_figure_7_shows_the_three_maps_of_each_image(run):
     image, activation, projections, probability, _ = (axis.images[0].get_array() for axis in figure.axes[:5])
     np.testing.assert_array_equal(activation, row.activation_map.reshape(grid))
     np.testing.assert_array_equal(probability, row.probability_map.reshape(grid))
-    whole = tiles.image_of(row.to_dict())
+    whole = image_of(row.to_dict())
     hidden = (image != whole).any(-1)
     assert 0 < hidden.sum() <= row.occluder_px * row.occluder_width_px
     assert (image[hidden] == 124).all()  # the default of --fill
