@@ -10,7 +10,7 @@ import socket
 import tempfile
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 
 import ray
 import ray.data
+from ray.data.block import BlockAccessor
 
 from pipeline.progress import say
 
@@ -41,10 +42,6 @@ and the object store hold no more."""
 
 _AHEAD = 4
 """Calls for each thread that are under way, or wait for a thread or for who asked for them."""
-
-_READERS = ("iter_threaded", "Prefetcher")
-"""Names of Ray Data's threads that read results ahead of who asks for them (Ray 2.60)."""
-_READER_SECONDS = 2.0
 
 _MARK = 0.001
 """How much an actor asks of a resource that only marks nodes: a thousand actors find room on each of them."""
@@ -172,16 +169,7 @@ def connected(address: str | None) -> Iterator[None]:
         with nullcontext() if address is None else _watched(ray.get_runtime_context().gcs_address):
             yield
     finally:
-        _await_readers()
         ray.shutdown()
-
-
-def _await_readers() -> None:
-    """Wait for the threads in which Ray Data reads ahead. After an error they are still ending, and one that asks Ray
-    for something after its end ends the process, before the error is told."""
-    for thread in threading.enumerate():
-        if thread.name in _READERS:
-            thread.join(_READER_SECONDS)
 
 
 @contextmanager
@@ -378,12 +366,12 @@ def train_context() -> tuple[int, int, str]:
     return context.get_world_rank(), context.get_world_size(), str(ray.train.torch.get_device())
 
 
-def map_parts(numbers: list[int], *stages: Stage) -> Iterator[Any]:
+def map_parts(numbers: list[int], *stages: Stage) -> Generator[dict[str, Any], None, None]:
     """Send the parts of these numbers through the stages; yields each row that an actor of the last one returns, as it
     comes.
 
     Ray Data may run a part more than once (actors are restarted for ever): actors must commit idempotently and
-    count their attempts themselves.
+    count their attempts themselves. Closing the iterator ends the actors.
     """
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     if stages[-1].resources.num == 0:
@@ -397,7 +385,11 @@ def map_parts(numbers: list[int], *stages: Stage) -> Iterator[Any]:
     dataset = ray.data.from_items([{"part": number} for number in numbers], override_num_blocks=blocks)
     for stage in stages:
         dataset = _through(dataset, stage, len(numbers))
-    yield from dataset.iter_rows()
+    # Not iter_rows(): the threads in which it reads ahead outlive an error, and one that asks Ray for something after
+    # Ray's end ends the process, before the error is told.
+    for bundle in dataset.iter_internal_ref_bundles():
+        for block in bundle.blocks:
+            yield from BlockAccessor.for_block(ray.get(block.ref)).iter_rows(public_row_format=True)
 
 
 def _through(dataset: ray.data.Dataset, stage: Stage, parts: int) -> ray.data.Dataset:

@@ -12,7 +12,7 @@ import itertools
 import json
 import time
 import uuid
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
@@ -134,8 +134,12 @@ def _map(analysis: Analysis, options: Options, work: Work, todo: list[int]) -> N
     samples = sum(work.parts[number].num_rows for number in todo)
     watch = Watch(work, todo, log_parts=options.log_parts)
     given_up = {}
-    with torch_settings_kept(), Progress(work.context.table, len(todo), samples) as progress:
-        for done in cluster.map_parts(todo, *stages):
+    with (
+        torch_settings_kept(),
+        Progress(work.context.table, len(todo), samples) as progress,
+        closing(cluster.map_parts(todo, *stages)) as parts,
+    ):
+        for done in parts:
             watch.advance(done)
             if done["given_up"]:
                 given_up[int(done["part"])] = str(done["error"])
