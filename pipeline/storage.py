@@ -39,6 +39,8 @@ _IN_FLIGHT_BYTES = 64 * 2**20
 _CLIENT_ATTEMPTS = 6
 T = TypeVar("T")
 _TEMPORARY = ".tmp-"
+_VARIABLES = ("AWS_", "GOOGLE_", "GS_", "CLOUD_STORAGE_")
+"""Beginnings of the names of those that say where object stores are."""
 
 
 class StorageError(OSError):
@@ -292,13 +294,13 @@ def cannot_write(location: Location, built_in: str | None = None) -> Iterator[No
         raise _cannot(location, "write", error, f" (built in {built_in} first; $TMPDIR)" if built_in else "") from error
 
 
-def _cannot(location: Location, verb: str, error: OSError, where: str = "") -> StorageError:
+def _cannot(location: Location, verb: str, error: Exception, where: str = "") -> StorageError:
     todo = "free space or choose another place, then give the same command again" if verb == "write" else ""
     return StorageError(f"cannot {verb} {location}{where}: {'; '.join(filter(None, [_reason(error), todo]))}")
 
 
-def _reason(error: OSError) -> str:
-    return str(error.strerror or error).strip().removesuffix(":")
+def _reason(error: Exception) -> str:
+    return str(getattr(error, "strerror", None) or error).strip().removesuffix(":")
 
 
 def retrying(location: Location, action: Callable[[], T], verb: str = "read") -> T:
@@ -316,7 +318,7 @@ def retrying(location: Location, action: Callable[[], T], verb: str = "read") ->
             ) from None
         except StorageError:
             raise
-        except OSError as error:
+        except (OSError, pa.ArrowInvalid) as error:  # the latter is what Google's client makes of a status of 400
             if verb == "read" and isinstance(error, FileNotFoundError | NotADirectoryError):
                 raise FileNotFoundError(f"there is no file {location}") from None
             if attempt == READ_ATTEMPTS:
@@ -348,7 +350,7 @@ def _connect(address: str, query: str) -> tuple[pafs.FileSystem, str]:
         if scheme not in ("s3", "gs", "gcs"):
             filesystem, path = pafs.FileSystem.from_uri(shown)
             return filesystem, path
-        told = {name: value for name, value in os.environ.items() if name.startswith(("AWS_", "GOOGLE_", "GS_"))}
+        told = {name: value for name, value in os.environ.items() if name.startswith(_VARIABLES)}
         return _client(f"{scheme}://{path.partition('/')[0]}", query, tuple(told.items())), str(PurePosixPath(path))
     except (pa.ArrowInvalid, OSError, ValueError) as error:
         raise StorageError(f"cannot use {shown!r}: {_first_line(error)}; give a local path, s3:// or gs://") from None

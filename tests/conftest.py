@@ -128,6 +128,17 @@ def s3(monkeypatch):
 
 
 @pytest.fixture
+def gs(monkeypatch):
+    """The same for Google's storage."""
+    from tests.pipeline.gs import environment, served
+
+    with served() as proxy:
+        for name, value in environment(proxy).items():
+            monkeypatch.setenv(name, value)
+        yield proxy
+
+
+@pytest.fixture
 def shared_data():
     """The real images beside the project; the test is skipped, saying so, where they are not."""
 

@@ -240,7 +240,7 @@ def step(run: Path) -> int:
     for _ in range(100):
         try:
             found = checkpoints.newest(Run.at(str(run)))
-            return checkpoints._step(Run.at(str(run)), found) if found else 0
+            return checkpoints.step_of(Run.at(str(run)), found) if found else 0
         except FileNotFoundError:  # it was dropped for a newer one while this looked
             continue
     raise AssertionError("no checkpoint stays")

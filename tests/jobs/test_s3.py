@@ -19,7 +19,7 @@ from tests.conftest import random_model
 from tests.jobs import shell
 from tests.jobs.killing import SEED
 from tests.pipeline.exact import assert_same
-from tests.pipeline.s3 import Fault
+from tests.pipeline.faults import Fault
 
 RUN, DATA = "s3://bucket/runs/small", "s3://bucket/shards/small"
 IN_PROCESS = ("--workers.num", "0", "--workers.cpus", "1")

@@ -22,7 +22,7 @@ from pipeline.indexing import index_shards
 from pipeline.shards import BadShards, Index
 from pipeline.storage import Location, StorageError
 from tests.conftest import ROOT, samples
-from tests.pipeline.s3 import Fault, Request
+from tests.pipeline.faults import Fault, Request
 from tests.tars import write_tar
 
 DATA = os.urandom(3 * 2**20)

@@ -16,7 +16,7 @@ from pipeline.indexing import index_shards
 from pipeline.shards import Index
 from pipeline.storage import Location, StorageError
 from tests.conftest import samples
-from tests.pipeline.s3 import Fault
+from tests.pipeline.faults import Fault
 from tests.tars import write_tar
 
 SIZE = 100_000

@@ -242,31 +242,6 @@ def test_a_location_names_itself_as_it_was_given(tmp_path):
     assert Location(s3, "bucket/run").local is None
 
 
-# ---------------------------------------------------------------------------------------------------------- gs://
-
-
-class GoogleStore:
-    """As pyarrow's: a folder that no object stands for is in no listing, and missed once what lay in it is deleted."""
-
-    type_name = "gcs"
-    objects = ("bucket/run/a/deep/er", "bucket/run/a/f", "bucket/run/c", "bucket/run/.tmp-x/y")
-
-    def get_file_info(self, asked):
-        if isinstance(asked, str):
-            return pafs.FileInfo(asked, pafs.FileType.Directory)
-        found = [name for name in self.objects if asked.recursive or "/" not in name.removeprefix("bucket/run/")]
-        return [pafs.FileInfo(name, pafs.FileType.File) for name in found]
-
-    def delete_dir(self, path):
-        raise FileNotFoundError(path)
-
-
-def test_folders_on_google_are_listed_and_deleted():
-    folder = Location(GoogleStore(), "bucket/run")
-    assert folder.names() == ["a", "c"]
-    folder.delete()
-
-
 # ------------------------------------------------------------------------------------------------------------ retrying
 
 

@@ -1,4 +1,4 @@
-"""Every job once on a disk and once on S3, in this process: the same tables, bit for bit.
+"""Every job once on a disk, once on S3 and once on Google's storage, in this process: the same tables, bit for bit.
 
 Tiny networks, images and trainings; what the numbers mean is the business of other tests. Faults of the network and
 many nodes are in test_s3.py.
@@ -22,8 +22,8 @@ from pipeline.runs import Run
 from pipeline.sources.rendered import CLASSES
 from pipeline.storage import Location
 from tests.conftest import ROOT, jpeg, random_model
+from tests.pipeline import gs, s3
 from tests.pipeline.exact import bits
-from tests.pipeline.s3 import ENVIRONMENT, served
 from tests.pipeline.test_correspondence import face
 from tests.tars import write_tar
 
@@ -132,27 +132,41 @@ CALLS = {
 
 
 @pytest.fixture(scope="module")
-def places(tmp_path_factory):
-    """A local folder and one of a bucket, in which all jobs were run; and what went wrong, by job."""
-    local = tmp_path_factory.mktemp("jobs")
+def local(tmp_path_factory):
+    """What jobs are given that is on no object store."""
+    folder = tmp_path_factory.mktemp("jobs")
     rng = np.random.default_rng(0)
     for name in ("a/1.jpg", "a/2.jpg", "b/3.jpg", "b/4.jpg"):
-        (local / "photos" / name).parent.mkdir(parents=True, exist_ok=True)
-        (local / "photos" / name).write_bytes(jpeg(rng))
-    write_tar(local / "faces.tar", [(f"k{number}", face(rng)) for number in range(3)])
-    weights = save(random_model(len(CLASSES)).state_dict())
-    with served() as proxy, pytest.MonkeyPatch.context() as patch:
-        for name, value in {**ENVIRONMENT, "AWS_ENDPOINT_URL": proxy.endpoint}.items():
+        (folder / "photos" / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / "photos" / name).write_bytes(jpeg(rng))
+    write_tar(folder / "faces.tar", [(f"k{number}", face(rng)) for number in range(3)])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def disk(local):
+    """A local folder in which all jobs were run, and what went wrong, by job."""
+    with pytest.MonkeyPatch.context() as patch:
+        yield Location.of(str(local / "disk")), made(str(local / "disk"), local, patch)
+
+
+@pytest.fixture(scope="module", params=["s3", "gs"])
+def bucket(request, local):
+    """The same of a bucket."""
+    with pytest.MonkeyPatch.context() as patch, (s3 if request.param == "s3" else gs).served() as proxy:
+        there = {**s3.ENVIRONMENT, "AWS_ENDPOINT_URL": proxy.endpoint}
+        for name, value in (there if request.param == "s3" else gs.environment(proxy)).items():
             patch.setenv(name, value)
-        found = [str(local / "disk"), "s3://bucket/jobs"]
-        failed = {}
-        for place in found:
-            (Location.of(place) / "faces" / "val-000000.tar").write((local / "faces.tar").read_bytes())
-            (Location.of(place) / "weights.safetensors").write(weights)
-            for name, call in CALLS.items():
-                if why := run(call, place, local, patch):
-                    failed[name, place] = why
-        yield found, failed
+        place = f"{request.param}://bucket/jobs"
+        yield Location.of(place), made(place, local, patch)
+
+
+def made(place: str, local: Path, patch: pytest.MonkeyPatch) -> dict[str, str]:
+    """Run all jobs: what those said that failed."""
+    (Location.of(place) / "faces" / "val-000000.tar").write((local / "faces.tar").read_bytes())
+    (Location.of(place) / "weights.safetensors").write(save(random_model(len(CLASSES)).state_dict()))
+    said = {name: run(call, place, local, patch) for name, call in CALLS.items()}
+    return {name: why for name, why in said.items() if why}
 
 
 def run(call: Call, place: str, local: Path, patch: pytest.MonkeyPatch) -> str:
@@ -167,12 +181,11 @@ def run(call: Call, place: str, local: Path, patch: pytest.MonkeyPatch) -> str:
 
 
 @pytest.mark.parametrize("name", CALLS)
-def test_a_job_on_s3_makes_what_it_makes_on_a_disk(places, name):
-    found, failed = places
-    assert not [why for (job, _), why in failed.items() if job == name]
+def test_a_job_in_a_bucket_makes_what_it_makes_on_a_disk(disk, bucket, name):
+    assert [failed.get(name) for _, failed in (disk, bucket)] == [None, None]
     for table in CALLS[name].tables:
-        run, _, made = table.partition("/")
-        one, other = (files(Location.of(place) / run / "results" / made) for place in found)
+        run, _, table_name = table.partition("/")
+        one, other = (files(place / run / "results" / table_name) for place, _ in (disk, bucket))
         assert one, table
         assert list(one) == list(other)
         for file, rows in one.items():
@@ -187,15 +200,15 @@ def files(folder: Location) -> dict:
 
 
 @pytest.mark.parametrize("run", ["zfnet", "imported", "ablation/zfnet_small", "overfeat", "localizer", "detector"])
-def test_what_was_trained_or_imported_on_s3_is_the_same_network(places, run):
-    one, other = (Run.at(str(Location.of(place) / run)).load_model() for place in places[0])
+def test_what_was_trained_or_imported_in_a_bucket_is_the_same_network(disk, bucket, run):
+    one, other = (Run.at(str(place / run)).load_model() for place, _ in (disk, bucket))
     assert one.model_id == other.model_id
     assert all(torch.equal(value, other.network.state_dict()[name]) for name, value in one.network.state_dict().items())
 
 
 @pytest.mark.parametrize("folder", ["zfnet/atlas", "zfnet/figures"])
-def test_pages_and_figures_on_s3_are_the_same_files(places, folder):
-    one, other = (listed(Location.of(place) / folder) for place in places[0])
+def test_pages_and_figures_in_a_bucket_are_the_same_files(disk, bucket, folder):
+    one, other = (listed(place / folder) for place, _ in (disk, bucket))
     assert one
     assert one == other
 
@@ -205,8 +218,8 @@ def listed(folder: Location) -> list[str]:
     return sorted(info.path.removeprefix(folder.path) for info in found if info.type == pafs.FileType.File)
 
 
-def test_nothing_unfinished_stays_in_the_bucket(places):
-    assert not [name for name in listed(Location.of(places[0][1])) if ".tmp-" in name or "/unfinished/" in name]
+def test_nothing_unfinished_stays_in_the_bucket(bucket):
+    assert not [name for name in listed(bucket[0]) if ".tmp-" in name or "/unfinished/" in name]
 
 
 def test_every_job_is_run():
