@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cached_property
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -42,21 +44,30 @@ def as_input(fill: str, pixels: Tensor, preprocessing: Preprocessing) -> Tensor:
     return preprocessing.normalise(shown(fill, pixels)[None])[0]
 
 
-def hidden(pixels: Pixels, fill: str, place: tuple[int, int, int, int], run: Run) -> Pixels:
-    """An image with a part hidden as the run's network saw it, by what its tables call `fill`.
+class Hider:
+    """Draws images with a part hidden as a run's network saw it, by what its tables call `fill`.
 
-    Args:
-        pixels: the network's own [input_px, input_px, RGB].
-        fill: a grey, R,G,B, mean or blur.
-        place: top, left, height, width in input pixels; it may leave the image.
-        run: of the network, whose mean hides where the fill is "mean".
+    The network's mean, which hides where that is "mean", is read once, and only then.
     """
-    if fill == "mean":
-        filled = run.load_model().preprocessing.mean_pixels()
-    else:
-        filled = shown(fill, torch.from_numpy(pixels.copy()))
-    top, left, height, width = place
-    part = slice(max(top, 0), top + height), slice(max(left, 0), left + width)
-    drawn = pixels.copy()
-    drawn[part] = np.rint(filled.numpy()[part]).clip(0, 255)
-    return drawn
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+
+    @cached_property
+    def _mean(self) -> Tensor:
+        return self.run.load_model().preprocessing.mean_pixels()
+
+    def hidden(self, pixels: Pixels, fill: str, place: tuple[int, int, int, int]) -> Pixels:
+        """The image with the part hidden.
+
+        Args:
+            pixels: the network's own [input_px, input_px, RGB].
+            fill: a grey, R,G,B, mean or blur.
+            place: top, left, height, width in input pixels; it may leave the image.
+        """
+        filled = self._mean if fill == "mean" else shown(fill, torch.from_numpy(pixels.copy()))
+        top, left, height, width = place
+        part = slice(max(top, 0), top + height), slice(max(left, 0), left + width)
+        drawn = pixels.copy()
+        drawn[part] = np.rint(filled.numpy()[part]).clip(0, 255)
+        return drawn

@@ -21,10 +21,9 @@ from pipeline.atlas.site import Site
 from pipeline.atlas.sprites import webp
 from pipeline.drawing.heatmaps import Frame, Heat, LegendEntry, class_colours, colour_table, heat
 from pipeline.drawing.tiles import around_grey, image_of
-from pipeline.fills import hidden
+from pipeline.fills import Hider
 from pipeline.progress import say
 from pipeline.projections import relative
-from pipeline.runs import Run
 from zfnet.images import Pixels
 
 _THUMBNAIL_PX = 160
@@ -39,7 +38,6 @@ class Panels:
     frame: Frame
     example: tuple[int, int]
     """Position (row, col) of the square where the target is least probable."""
-    """In which the square is drawn: its own, or a middle grey where it has more than one."""
     lowest: float
     values: dict[str, str]
     """The numbers of each map, in reading order, for a hover."""
@@ -95,7 +93,7 @@ def write(
     site.write_image(COLOUR_BAR, colour_table()[None])
     told = _told(sources, found, facts, maps_of_classes, total)
     links = [Link(f"Image {number}", image_page(number)) for number in range(1, total + 1)]
-    known_layers = set(sources.layers())
+    known_layers, hider = set(sources.layers()), Hider(sources.run)
     pictures = []
     for number, row in enumerate(islice(sources.occlusion_rows(), total), start=1):
         pictures.append(_picture(site, number, row))
@@ -110,7 +108,7 @@ def write(
             after=after,
             picture=pictures[-1],
             layer_page=layer_page(row["layer"]) if row["layer"] in known_layers else None,
-            **_of_row(site, sources.run, number, row, facts["classes"]),
+            **_of_row(site, hider, number, row, facts["classes"]),
             **told.of(row["key"]),
         )
     say(f"atlas: {total} image pages")
@@ -136,11 +134,11 @@ def _told(
     )
 
 
-def _of_row(site: Site, run: Run, number: int, row: dict[str, Any], classes: list[str]) -> dict[str, Any]:
+def _of_row(site: Site, hider: Hider, number: int, row: dict[str, Any], classes: list[str]) -> dict[str, Any]:
     """What the page shows of the table's row; writes its panels."""
     return {
         "row": row,
-        "panels": _panels(site, run, number, row, classes),
+        "panels": _panels(site, hider, number, row, classes),
         "target": _class_name(row["target_class"], classes),
         "is_label": row["target_class"] == row["label"],
         "before_top5": _top5(row, "clean", classes),
@@ -204,7 +202,7 @@ def _picture(site: Site, number: int, row: dict[str, Any]) -> Picture:
     )
 
 
-def _panels(site: Site, run: Run, number: int, row: dict[str, Any], classes: list[str]) -> Panels:
+def _panels(site: Site, hider: Hider, number: int, row: dict[str, Any], classes: list[str]) -> Panels:
     """Write the maps and the projection, and say where they lie on the image."""
     frame = Frame(*(row[name] for name in ("grid_rows", "grid_cols", "occluder_px", "occluder_width_px", "stride_px")))
     grid = (frame.rows, frame.cols)
@@ -216,7 +214,7 @@ def _panels(site: Site, run: Run, number: int, row: dict[str, Any], classes: lis
         site.write_image(_asset(number, panel), pixels)
     lowest = int(np.argmin(row["probability_map"]))
     example = divmod(lowest, frame.cols)
-    image = _hidden(run, row, frame, example)
+    image = _hidden(hider, row, frame, example)
     site.write_image(_asset(number, "hidden"), image)
     height, width = image.shape[:2]
     return Panels(
@@ -238,12 +236,12 @@ def _panels(site: Site, run: Run, number: int, row: dict[str, Any], classes: lis
     )
 
 
-def _hidden(run: Run, row: dict[str, Any], frame: Frame, example: tuple[int, int]) -> Pixels:
+def _hidden(hider: Hider, row: dict[str, Any], frame: Frame, example: tuple[int, int]) -> Pixels:
     """The image with the square at one of its positions; grey stands for the mean where the network is not there."""
     top, left = (place * frame.stride_px for place in example)
     place = (top, left, row["occluder_px"], row["occluder_width_px"])
-    there = row["fill"] != "mean" or (run.location / "run.json").exists()
-    return hidden(image_of(row), row["fill"] if there else "128", place, run)
+    there = row["fill"] != "mean" or (hider.run.location / "run.json").exists()
+    return hider.hidden(image_of(row), row["fill"] if there else "128", place)
 
 
 def _legend_name(entry: LegendEntry, classes: list[str]) -> str:

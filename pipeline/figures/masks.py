@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from pipeline.drawing.tiles import image_of
 from pipeline.figures.sheet import picture, sheet
 from pipeline.figures.source import Source
-from pipeline.fills import hidden
+from pipeline.fills import Hider
 
 PARTS = 6  # columns beside the original
 
@@ -19,6 +19,7 @@ def draw(source: Source) -> Iterator[tuple[str, Figure]]:
     columns = ["key", "parts", "mask_tops", "mask_lefts", "mask_px", "image_png"]
     rows = source.rows("correspondence_images", columns)[: source.images]
     fill = source.rows("correspondence", ["fill"])[0]["fill"]
+    hider = Hider(source.run)
     shown = min(PARTS, max(len(row["parts"]) for row in rows))
     figure, axes = sheet(len(rows), 1 + shown, width=1.3 * (1 + shown), height=1.4 * len(rows) + 0.2)
     for number, (line, row) in enumerate(zip(axes, rows, strict=True)):
@@ -27,5 +28,5 @@ def draw(source: Source) -> Iterator[tuple[str, Figure]]:
             axis.set_axis_off()
             if place < len(row["parts"]):
                 where = (row["mask_tops"][place], row["mask_lefts"][place], row["mask_px"], row["mask_px"])
-                picture(axis, hidden(image_of(row), fill, where, source.run), "" if number else row["parts"][place])
+                picture(axis, hider.hidden(image_of(row), fill, where), "" if number else row["parts"][place])
     yield "figure8", figure

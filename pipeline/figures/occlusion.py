@@ -14,7 +14,7 @@ from pipeline.drawing.tiles import image_of
 from pipeline.figures.sheet import Pixels, mosaic, picture, sheet, wrapped
 from pipeline.figures.source import Missing, Row, Source
 from pipeline.figures.tiles import PLACE, PROJECTION, whole_projection
-from pipeline.fills import hidden
+from pipeline.fills import Hider
 
 OTHERS = 3  # further images that excite the map, as printed
 _LONGEST_NAME = 40
@@ -28,11 +28,11 @@ _COLUMNS = [
 def draw(source: Source) -> Iterator[tuple[str, Figure]]:
     """A row for each image: input, activation, projections, probability, most probable class. Raises: Missing."""
     rows = source.rows("occlusion", _COLUMNS)[: source.images]
-    classes = source.run.describe()["classes"]
+    classes, hider = source.run.describe()["classes"], Hider(source.run)
     figure, axes = sheet(len(rows), 5, width=11, height=2.1 * len(rows) + 0.3)
     for line, row in zip(axes, rows, strict=True):
         grid = (row["grid_rows"], row["grid_cols"])
-        picture(line[0], _with_square(source, row), f"{row['label_name'] or row['key']}")
+        picture(line[0], _with_square(hider, row), f"{row['label_name'] or row['key']}")
         activation = line[1].imshow(row["activation_map"].reshape(grid), cmap="viridis")
         line[1].set_title(wrapped(f"{row['layer']}, map {row['feature_map']}: activation", line[1]))
         picture(line[2], _projections(source, row), "the map's projections")
@@ -52,11 +52,11 @@ def _name(classes: list[str], number: int | None) -> str:
     return "others" if number is None else textwrap.shorten(classes[number], _LONGEST_NAME, placeholder="…")
 
 
-def _with_square(source: Source, row: Row) -> Pixels:
+def _with_square(hider: Hider, row: Row) -> Pixels:
     """The image with the square where it takes most of the probability."""
     top, left = (int(v) * row["stride_px"] for v in divmod(np.argmin(row["probability_map"]), row["grid_cols"]))
     where = (top, left, row["occluder_px"], row["occluder_width_px"])
-    return hidden(image_of(row), row["fill"], where, source.run)
+    return hider.hidden(image_of(row), row["fill"], where)
 
 
 def _projections(source: Source, row: Row) -> Pixels:

@@ -38,6 +38,7 @@ from pipeline.atlas.images import _hidden
 from pipeline.atlas.records import Sources
 from pipeline.drawing.heatmaps import PALETTE, Frame, class_colours, colour_table, heat
 from pipeline.drawing.tiles import Box, around_grey, tile
+from pipeline.fills import Hider
 from pipeline.papers.beside import beside
 from pipeline.projections import png, relative
 from pipeline.runs import Run, RunError, file_stem
@@ -658,7 +659,7 @@ def test_the_square_shows_what_the_table_says_and_grey_for_the_mean_of_a_network
 ) -> None:
     image = png(np.full((SIDE, SIDE, 3), 60, np.uint8))
     row = {"image_png": image, "fill": fill, "occluder_px": 8, "occluder_width_px": 6}
-    drawn = _hidden(Run.at(str(tmp_path)), row, Frame(5, 5, 8, 6, 6), (1, 2))
+    drawn = _hidden(Hider(Run.at(str(tmp_path))), row, Frame(5, 5, 8, 6, 6), (1, 2))
     expected = np.full((SIDE, SIDE, 3), 60)
     expected[6:14, 12:18] = shown
     assert (drawn == expected).all()

@@ -158,7 +158,7 @@ def test_figure_6_says_so_where_deconv_has_none_of_the_second_layer(run, tmp_pat
 @pytest.mark.parametrize("fill", ["9", "255,0,7", "mean", "blur"])
 def test_a_part_is_hidden_as_the_network_saw_it(run, fill):
     pixels = image_of(frame(run, "occlusion").iloc[0].to_dict())
-    drawn = fills.hidden(pixels, fill, (-3, 40, 13, 13), run)
+    drawn = fills.Hider(run).hidden(pixels, fill, (-3, 40, 13, 13))
     expected = pixels.copy()
     inside = expected[:10, 40:53]  # cut to the image
     if fill == "blur":
@@ -168,6 +168,18 @@ def test_a_part_is_hidden_as_the_network_saw_it(run, fill):
     else:
         inside[:] = {"9": 9, "255,0,7": [255, 0, 7], "mean": 120}[fill]
     assert np.abs(drawn.astype(int) - expected).max() <= (fill == "blur")  # the edge of three sigma
+
+
+def test_the_mean_that_hides_parts_is_read_once(run, monkeypatch):
+    loaded = []
+    monkeypatch.setattr(type(run), "load_model", lambda self, load=type(run).load_model: loaded.append(1) or load(self))
+    pixels = image_of(frame(run, "occlusion").iloc[0].to_dict())
+    hider = fills.Hider(run)
+    hider.hidden(pixels, "blur", (0, 0, 9, 9))
+    assert not loaded
+    for top in range(3):
+        hider.hidden(pixels, "mean", (top, 0, 9, 9))
+    assert len(loaded) == 1
 
 
 def test_figure_7_shows_the_three_maps_of_each_image(run):
