@@ -171,8 +171,8 @@ def test_a_part_is_hidden_as_the_network_saw_it(run, fill):
 
 
 def test_the_mean_that_hides_parts_is_read_once(run, monkeypatch):
-    loaded = []
-    monkeypatch.setattr(type(run), "load_model", lambda self, load=type(run).load_model: loaded.append(1) or load(self))
+    loaded, load = [], Run.load_model
+    monkeypatch.setattr(Run, "load_model", lambda self: loaded.append(1) or load(self))
     pixels = image_of(frame(run, "occlusion").iloc[0].to_dict())
     hider = fills.Hider(run)
     hider.hidden(pixels, "blur", (0, 0, 9, 9))
