@@ -4,6 +4,7 @@ All jobs on it: tests/jobs/test_every_job_in_a_bucket.py.
 """
 
 import os
+import pickle
 from dataclasses import replace
 
 import pyarrow as pa
@@ -83,6 +84,22 @@ def test_tables_go_there_and_back(gs):
     table = pa.table({"x": list(range(1000))})
     tables.write(table, at("table.parquet"))
     assert tables.read(at("table.parquet")).equals(table)
+
+
+def test_a_location_goes_to_other_processes(gs):
+    at().write(DATA)
+    there = pickle.loads(pickle.dumps(at()))
+    assert there.read() == DATA
+    assert str(there) == str(at())
+
+
+def test_the_url_may_name_the_endpoint(gs, monkeypatch):
+    at().write(b"x")
+    monkeypatch.delenv("CLOUD_STORAGE_EMULATOR_ENDPOINT")
+    scheme, _, host = gs.endpoint.partition("://")
+    location = Location.of(f"gs://bucket/folder?scheme={scheme}&endpoint_override={host}") / "file.bin"
+    assert location.read() == b"x"
+    assert Location.of(str(location)).read() == b"x"
 
 
 FAULTS = {
