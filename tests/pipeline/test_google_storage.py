@@ -105,7 +105,6 @@ def test_the_url_may_name_the_endpoint(gs, monkeypatch):
 FAULTS = {
     "cut in the middle of the body": Fault("cut"),
     "refused once": Fault("503"),
-    "refused twice": Fault("503", times=2),
     "slow": Fault("slow", seconds=0.5),
 }
 
