@@ -14,9 +14,9 @@ from typing import Any
 
 import pyarrow as pa
 
-from pipeline import tables
+from pipeline import lease, tables
 from pipeline.progress import say, suggest
-from pipeline.runs import Model, Run, RunError, environment, named, require_name, runs_model
+from pipeline.runs import Model, Run, RunError, clear, environment, named, require_name, runs_model
 from zfnet.graph import Graph
 from zfnet.tracing import trace
 
@@ -108,18 +108,25 @@ def run(analysis: Derivation, options: Options, config: Any) -> int:
     context = Context(run_, model, trace(model.network, (3, size, size)), config, table)
     wanted = {slice_: _fingerprint(analysis, context, slice_) for slice_ in analysis.slices(context)}
     missing = run_.missing(table, wanted)
-    staging = run_.unfinished(table) / "derived"
-    for slice_ in missing:
+    if missing or run_.unfinished(table).exists():
+        with lease.held(run_.turn(table), run_.unfinished(table) / "derived", table, in_turn=True):
+            _make(analysis, context, wanted)
+            clear(run_.unfinished(table))
+    done = f"finished in {time.time() - started:.1f} s: " if missing else "finished already, in "
+    say(f"{table}: {done}{run_.results(table)}")
+    suggest(analysis.then, run=options.run)
+    return 0
+
+
+def _make(analysis: Derivation, context: Context, wanted: dict[str, dict[str, Any]]) -> None:
+    """Write the slices that are missing now, when nobody else writes this table's."""
+    run_, table, staging = context.run, context.table, context.run.unfinished(context.table) / "derived"
+    for slice_ in run_.missing(table, wanted):
         begun = time.time()
         rows = tables.write_stream(analysis.make(context, slice_), analysis.schema, run_.slice(table, slice_), staging)
         made = {"rows": rows, "fingerprint": wanted[slice_], "environment": environment("cpu")}
         run_.finish(table, slice_, {**made, "seconds": round(time.time() - begun, 3)}, staging)
         say(f"{table}: {slice_}, {rows} rows")
-    run_.unfinished(table).delete()
-    done = f"finished in {time.time() - started:.1f} s: " if missing else "finished already, in "
-    say(f"{table}: {done}{run_.results(table)}")
-    suggest(analysis.then, run=options.run)
-    return 0
 
 
 def _fingerprint(analysis: Derivation, context: Context, slice_: str) -> dict[str, Any]:

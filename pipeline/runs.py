@@ -5,6 +5,7 @@ runs/NAME/model/weights.safetensors   weights and the preprocessing's tensors
 runs/NAME/results/TABLE/              Parquet, one file for each slice
 runs/NAME/results/manifests/TABLE/    a file for each finished slice: what made it; written last
 runs/NAME/unfinished/TABLE/WORK/      parts while a job is under way
+runs/NAME/unfinished/TABLE/lease.json who writes finished files of the table at this moment
 runs/NAME/unfinished/train/           files of training while they are written
 """
 
@@ -34,6 +35,8 @@ from zfnet.images import Preprocessing
 _MEAN, _STD = "preprocessing.mean", "preprocessing.std"
 _LONGEST_STEM = 80
 _CLEARINGS = 10
+LEASE = "lease.json"
+"""Of a table whose files are being written, or of work on one: see pipeline.lease."""
 
 
 class RunError(ValueError):
@@ -186,7 +189,11 @@ class Run:
         return found
 
     def finish(self, table: str, slice_: str, entry: dict[str, Any], staging: Location) -> None:
-        """Write a slice's manifest: the last step. One file a slice, so that jobs side by side lose nothing."""
+        """Write a slice's manifest: the last step. One file a slice, so that jobs side by side lose nothing.
+
+        Raises: RunError where it is finished with another configuration.
+        """
+        self.missing(table, {slice_: entry.get("fingerprint", {})})
         text = json.dumps({"table": table, "slice": slice_, **entry}, indent=1)
         (self._manifests(table) / f"{file_stem(slice_)}.json").write(text.encode(), staging)
 
@@ -213,6 +220,10 @@ class Run:
     def unfinished(self, table: str) -> Location:
         """The folder of a table's work under way."""
         return self.location / "unfinished" / table
+
+    def turn(self, table: str) -> Location:
+        """The lease of whoever writes finished files of a table."""
+        return self.unfinished(table) / LEASE
 
 
 def runs_model(run: Run, config: Any) -> Model:

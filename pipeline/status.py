@@ -140,7 +140,7 @@ def _finished(run: Run, table: str) -> Finished:
 
 
 def _unfinished(run: Run, table: str, now: float) -> list[Unfinished]:
-    """Work on a table; what is finished and only waits to be cleared is left out."""
+    """Work on a table; what is finished, by it or with other options, and only waits to be cleared is left out."""
     found = []
     for name in run.unfinished(table).names():
         folder = run.unfinished(table) / name
@@ -148,9 +148,7 @@ def _unfinished(run: Run, table: str, now: float) -> list[Unfinished]:
             continue
         work = (folder / "work.json").read_json()
         finished = run.manifest(table)
-        slices = [
-            slice_ for slice_, made in work["slices"].items() if finished.get(slice_, {}).get("fingerprint") != made
-        ]
+        slices = [slice_ for slice_ in work["slices"] if slice_ not in finished]
         if not slices:
             continue
         done = sorted((folder / "parts").times().values())

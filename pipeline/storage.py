@@ -200,6 +200,25 @@ class Location:
         with self.whole_file(staging) as file:
             file.write(data)
 
+    def write_new(self, data: bytes, staging: Location) -> bool | None:
+        """Write a file on a disk unless there is one; of several who do so at once, one does.
+
+        Returns: whether it was written; None where storage has no such step, and nothing was. Raises: StorageError.
+        """
+        if self.local is None:
+            return None
+        built = staging / f"new-{uuid.uuid4().hex}"
+        built.write(data)
+        try:
+            os.link(built.path, self.path)
+        except FileExistsError:
+            return False
+        except OSError:  # a disk without hard links
+            return None
+        finally:
+            built.delete()
+        return True
+
     @contextmanager
     def whole_file(self, staging: Location | None = None) -> Iterator[BinaryIO]:
         """A binary file that appears under this name when the block ends without an exception.

@@ -82,6 +82,8 @@ def _work(analysis: Analysis, context: Context, missing: list[str]) -> Work:
 
 def _make(analysis: Analysis, context: Context, options: Options, missing: list[str], started: float) -> None:
     work = _work(analysis, context, missing)
+    for rival in work.rivals():
+        lease.require_free(rival, f"{context.table} with other options")
     with lease.held(work.lease, work.staging, context.table):
         try:
             left = _missing(analysis, context, work.fingerprints)
@@ -112,7 +114,8 @@ def _map_and_fold(analysis: Analysis, options: Options, work: Work, missing: lis
         if not in_tasks:
             ray_.close()  # a cluster that goes from now on does not matter
         each = partial(cluster.in_tasks, on=options.workers.on) if in_tasks else map
-        _fold(analysis, options, work, Parts(work.committed, each), missing, started)
+        with lease.held(context.run.turn(context.table), work.staging, context.table, in_turn=True):
+            _fold(analysis, options, work, Parts(work.committed, each), missing, started)
 
 
 def _say_what_was_given_up(work: Work, options: Options) -> None:

@@ -25,7 +25,7 @@ from pipeline.analysis import Analysis
 from pipeline.cluster import in_threads
 from pipeline.context import Context
 from pipeline.errors import SweepFailed
-from pipeline.runs import RunError, clear, environment
+from pipeline.runs import LEASE, RunError, clear, environment
 from pipeline.shards import Skipped
 from pipeline.storage import Location
 
@@ -102,7 +102,16 @@ class Work:
     @property
     def lease(self) -> Location:
         """Who is at work on it."""
-        return self.location / "lease.json"
+        return self.location / LEASE
+
+    def rivals(self) -> list[Location]:
+        """Leases of work on the same slices with other options: only one of the two can be finished."""
+        folder = self.context.run.unfinished(self.context.table)
+        return [
+            folder / name / LEASE
+            for name, known in _works(self.context).items()
+            if any(known.get(slice_, made) != made for slice_, made in self.fingerprints.items())
+        ]
 
     @property
     def token(self) -> Location:
@@ -275,11 +284,12 @@ def begun(context: Context, analysis: Analysis, missing: list[str]) -> list[str]
 
 
 def clear_finished(context: Context, analysis: Analysis) -> None:
-    """Delete the work whose slices are all finished, and what a crash left of such."""
-    for name, known in _works(context).items():
-        if not _unfinished(context, analysis.written(context), known):
-            clear(context.run.unfinished(context.table) / name)
+    """Delete the work whose slices are all finished, what a crash left of such, and what can be finished no more."""
     folder = context.run.unfinished(context.table)
+    for name, known in _works(context).items():
+        over = _all_finished(context, analysis.written(context), known) and not (folder / name / LEASE).exists()
+        if over or not _unfinished(context, analysis.written(context), known):
+            clear(folder / name)
     if folder.exists() and not folder.names():
         clear(folder)
 
@@ -287,8 +297,13 @@ def clear_finished(context: Context, analysis: Analysis) -> None:
 def _works(context: Context) -> dict[str, dict[str, dict[str, Any]]]:
     """The work on this table that is on storage: name -> slice -> fingerprint."""
     folder = context.run.unfinished(context.table)
-    tokens = {name: folder / name / "work.json" for name in folder.names()}
+    tokens = {name: folder / name / "work.json" for name in folder.names() if name != LEASE}
     return {name: token.read_json()["slices"] if token.exists() else {} for name, token in tokens.items()}
+
+
+def _all_finished(context: Context, tables_: tuple[str, ...], known: dict[str, dict[str, Any]]) -> bool:
+    """Whether all slices are finished in each of these tables, by this work or with other options by another."""
+    return all(known.keys() <= context.run.manifest(context.named(table)).keys() for table in tables_)
 
 
 def _unfinished(context: Context, tables_: tuple[str, ...], known: dict[str, dict[str, Any]]) -> list[str]:
