@@ -179,6 +179,7 @@ def _storage(schema: pa.Schema, compression: str) -> dict[str, Any]:
         "compression": compression,
         "use_dictionary": [field.name for field in schema if pa.types.is_string(field.type)],
         "column_encoding": integers | floats,
+        "write_page_checksum": True,
     }
 
 
@@ -224,15 +225,26 @@ def read(location: Location, columns: list[str] | None = None, filters: Any = No
     """A Parquet file, or all files of a folder in the order of their names. Raises: FileNotFoundError, StorageError."""
     if not location.exists():
         raise FileNotFoundError(f"there is no table {location}")
-    with _sound(location):
+    with sound(location):
         if location.name.endswith(".parquet") and filters is None:  # without the set-up of a data set: half the time
             with location.open() as file:
-                return pq.ParquetFile(file).read(columns)
-        return pq.read_table(location.path, columns=columns, filters=filters, filesystem=location.filesystem)
+                return opened(file).read(columns)
+        return pq.read_table(
+            location.path,
+            columns=columns,
+            filters=filters,
+            filesystem=location.filesystem,
+            page_checksum_verification=True,
+        )
+
+
+def opened(file: Any) -> pq.ParquetFile:
+    """A Parquet file whose pages must be as they were written: a flipped bit is an error, not another number."""
+    return pq.ParquetFile(file, page_checksum_verification=True)
 
 
 @contextmanager
-def _sound(location: Location) -> Iterator[None]:
+def sound(location: Location) -> Iterator[None]:
     """What Parquet finds wrong with a file in the block is said with its name. Raises: StorageError."""
     try:
         yield
@@ -250,12 +262,12 @@ def read_equal(location: Location, columns: list[str], name: str, value: str) ->
 
     The same as `read` with a filter, several times faster for small files.
     """
-    with _sound(location), location.open() as file:
-        opened = pq.ParquetFile(file)
-        place = opened.schema_arrow.get_field_index(name)
-        ranges = [opened.metadata.row_group(i).column(place).statistics for i in range(opened.num_row_groups)]
+    with sound(location), location.open() as file:
+        parquet = opened(file)
+        place = parquet.schema_arrow.get_field_index(name)
+        ranges = [parquet.metadata.row_group(i).column(place).statistics for i in range(parquet.num_row_groups)]
         groups = [i for i, held in enumerate(ranges) if held is None or held.min <= value <= held.max]
-        rows = opened.read_row_groups(groups, [name, *columns])
+        rows = parquet.read_row_groups(groups, [name, *columns])
     return rows.filter(pc.equal(rows[name], value)).select(columns)
 
 
@@ -264,8 +276,8 @@ def stream(location: Location, columns: list[str], rows: int | None = None) -> I
 
     Raises: FileNotFoundError, StorageError.
     """
-    with _sound(location), location.open() as file:
-        for batch in pq.ParquetFile(file).iter_batches(rows or _STREAMED_ROWS, columns=columns):
+    with sound(location), location.open() as file:
+        for batch in opened(file).iter_batches(rows or _STREAMED_ROWS, columns=columns):
             yield pa.Table.from_batches([batch])
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import re
 import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -142,7 +143,7 @@ class Work:
 
     def begun(self) -> set[int]:
         """Numbers of the parts that were ever started."""
-        return {int(name.removeprefix("part-")) for name in (self.location / self.attempts).names()}
+        return set(_of_parts(self.location / self.attempts))
 
     def starts(self, number: int) -> int:
         """How often this part was started."""
@@ -174,12 +175,12 @@ class Work:
 
     def given_up(self) -> dict[int, str]:
         """The parts that were given up, and why."""
-        folder = self.location / "given_up"
-        return {int(name[5:11]): (folder / name).read_json() for name in folder.names()}
+        found = _of_parts(self.location / "given_up")
+        return {number: str(file.read_json()) for number, file in found.items()}
 
     def why_given_up(self, number: int) -> str | None:
         """Why a part was given up; None where it was not."""
-        return self._given_up(number).read_json() if self._given_up(number).exists() else None
+        return str(self._given_up(number).read_json()) if self._given_up(number).exists() else None
 
     def try_again(self) -> None:
         """Forget which parts were given up."""
@@ -217,14 +218,15 @@ class Work:
 
     def require_environment(self, device: str) -> None:
         """Fail early where the parts that are there were computed in another environment. Raises: RunError."""
-        done = (self.location / "parts").names()
+        done = _of_parts(self.location / "parts")
         if done:
-            _require_alike(self._identity(int(done[0][5:11]))["environment"], environment(device), self.location)
+            _require_alike(self._identity(min(done))["environment"], environment(device), self.location)
 
     def _identity(self, number: int) -> dict[str, Any]:
-        with self.part(number).open() as file:
-            found: dict[str, Any] = json.loads((pq.read_schema(file).metadata or {})[b"part"])
-        return found
+        part = self.part(number)
+        with tables.sound(part), part.open() as file:
+            found = json.loads((pq.read_schema(file).metadata or {}).get(b"part", b""))
+        return _dictionary(part, found, self.location, "samples", "skipped", "environment")
 
     def account(self) -> pa.Table:
         """What was done of each part, and how often it was started."""
@@ -233,13 +235,29 @@ class Work:
         return tables.conform({name: [row[name] for row in rows] for name in tables.ACCOUNT.names}, tables.ACCOUNT)
 
     def _account_of(self, number: int) -> dict[str, Any]:
-        when: dict[str, Any] = (self.location / "account" / f"part-{number:06d}.json").read_json()
+        file = self.location / "account" / f"part-{number:06d}.json"
+        when = _dictionary(file, file.read_json() if file.exists() else None, self.location, "seconds", "skipped")
         attempts = self.starts(number)
         return {"part": number, "samples": self.parts[number].num_rows, "attempts": attempts, **when}
 
     def _of_each_part(self, look: Callable[[int], T]) -> Iterator[T]:
         """What `look` sees of every part, in order; some at once, because a bucket takes a while for each answer."""
         return in_threads(look, range(len(self.parts)), _LOOKS_AT_ONCE)
+
+
+def _of_parts(folder: Location) -> dict[int, Location]:
+    """The files of a folder by the numbers of their parts; what else lies there, as file managers leave it, is left."""
+    found = {name: re.fullmatch(r"part-(\d+)(\.\w+)?", name) for name in folder.names()}
+    return {int(match[1]): folder / name for name, match in found.items() if match}
+
+
+def _dictionary(file: Location, found: Any, work: Location, *names: str) -> dict[str, Any]:
+    """What a file of this work says. Raises: RunError where it does not say all of these."""
+    if not isinstance(found, dict) or not found.keys() >= set(names):
+        raise RunError(
+            f"{file} is not there, or not as it was written: bring it back, or delete {work} to do that work again"
+        )
+    return found
 
 
 def begin_start(work: Location, session: str, most: int) -> Location:
@@ -298,7 +316,10 @@ def _works(context: Context) -> dict[str, dict[str, dict[str, Any]]]:
     """The work on this table that is on storage: name -> slice -> fingerprint."""
     folder = context.run.unfinished(context.table)
     tokens = {name: folder / name / "work.json" for name in folder.names() if name != LEASE}
-    return {name: token.read_json()["slices"] if token.exists() else {} for name, token in tokens.items()}
+    return {
+        name: _dictionary(token, token.read_json(), token.parent, "slices")["slices"] if token.exists() else {}
+        for name, token in tokens.items()
+    }
 
 
 def _all_finished(context: Context, tables_: tuple[str, ...], known: dict[str, dict[str, Any]]) -> bool:

@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from PIL import Image
 
 from pipeline import tables
@@ -97,7 +96,7 @@ def slices(context: Context) -> list[str]:
 def _require_same_images(context: Context, name: str) -> None:
     location = context.run.slice(context.config.of, name)
     with location.open() as file:
-        if "key" not in pq.ParquetFile(file).schema_arrow.names:
+        if "key" not in tables.opened(file).schema_arrow.names:
             raise RunError(f"{context.config.of} has no column key, so it names no images: give --of another table")
     made = tables.read(location, list(context.identity)).slice(0, 1).to_pylist()
     if made and made[0] != context.identity:

@@ -14,7 +14,6 @@ from typing import Any, get_args
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from pipeline import tables
 from pipeline.atlas.catalogue import ResultTable, TableFile, in_words, within
@@ -317,7 +316,7 @@ def _rows(
     for file in (file for file in table.files if file.is_of(data_id)):
         location = within(run.location, file.path)
         with location.open() as opened:
-            if not needed <= set(pq.ParquetFile(opened).schema_arrow.names):
+            if not needed <= set(tables.opened(opened).schema_arrow.names):
                 continue
         rows = tables.read(location, sorted(needed), pc.field("key").isin(pa.array(keys, pa.string())))
         if known.strength:

@@ -182,7 +182,7 @@ def columns(run: Run, table: ResultTable) -> list[Column]:
     footers = []
     for file in table.files:
         with within(run.location, file.path).open() as opened:
-            parquet = pq.ParquetFile(opened)
+            parquet = tables.opened(opened)
             footers.append((parquet.schema_arrow, parquet.metadata))
     return [_column(field, footers) for field in footers[0][0]] if footers else []
 
@@ -215,7 +215,7 @@ def first_rows(run: Run, table: ResultTable, most: int = ROWS_SHOWN) -> Iterator
     for file in table.files:
         with within(run.location, file.path).open() as opened:
             taken = 0
-            for batch in pq.ParquetFile(opened).iter_batches(batch_size=1):
+            for batch in tables.opened(opened).iter_batches(batch_size=1):
                 if taken == min(each, left):
                     break
                 taken += 1

@@ -13,9 +13,9 @@ from itertools import groupby, islice
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 from PIL import Image
 
+from pipeline import tables
 from pipeline.atlas.catalogue import ResultTable, TableFile, within
 from pipeline.atlas.pages import COLOUR_BAR
 from pipeline.atlas.records import with_arrays
@@ -84,7 +84,7 @@ def write(site: Site, run: Run, found: Sequence[ResultTable]) -> list[ImageMaps]
 def _images(run: Run, file: TableFile) -> Iterator[list[dict[str, Any]]]:
     """The rows of each image, which stand together; none of a table of an older form."""
     with within(run.location, file.path).open() as opened:
-        parquet = pq.ParquetFile(opened)
+        parquet = tables.opened(opened)
         if set(parquet.schema_arrow.names) >= _NEEDED:
             rows = (with_arrays(batch) for batch in parquet.iter_batches(batch_size=1))
             for _, some in groupby(rows, key=lambda row: row["key"]):

@@ -9,9 +9,9 @@ from itertools import groupby
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 from PIL import Image
 
+from pipeline import tables
 from pipeline.atlas.records import Sources
 from pipeline.atlas.sprites import GAP, TILE_COLUMNS, rows_of, tiles, webp
 from pipeline.storage import Location
@@ -61,7 +61,7 @@ def strips(sources: Sources, layer: str, tile_px: int) -> Iterator[Strip]:
 def _rows(location: Location, layer: str) -> Iterator[dict[str, Any]]:
     """The rows of a layer in an epoch's file, which is sorted by feature map inside a layer."""
     with location.open() as file:
-        parquet = pq.ParquetFile(file)
+        parquet = tables.opened(file)
         place = parquet.schema_arrow.get_field_index("layer")
         ranges = [parquet.metadata.row_group(i).column(place).statistics for i in range(parquet.num_row_groups)]
         groups = [i for i, held in enumerate(ranges) if held is None or held.min <= layer <= held.max]

@@ -9,9 +9,9 @@ from itertools import islice
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 from PIL import Image
 
+from pipeline import tables
 from pipeline.atlas import boxes, mentions
 from pipeline.atlas.catalogue import ResultTable
 from pipeline.atlas.class_maps import ImageMaps
@@ -157,7 +157,7 @@ def _keys(sources: Sources, total: int) -> list[str]:
         location = sources.slice(sources.occlusion, name)
         assert location is not None
         with location.open() as file:
-            keys += pq.ParquetFile(file).read(["key"])["key"].to_pylist()
+            keys += tables.opened(file).read(["key"])["key"].to_pylist()
     return keys[:total]
 
 

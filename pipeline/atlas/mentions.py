@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
+from pipeline import tables
 from pipeline.atlas.catalogue import ResultTable, in_words, within
 from pipeline.runs import Run
 from pipeline.storage import Location
@@ -85,7 +85,7 @@ def _rows(
 def _batches(location: Location, needed: tuple[str, ...], which: pc.Expression) -> Iterator[pa.RecordBatch]:
     """The rows that are meant, without the columns of lists and pictures; none where a needed column is missing."""
     with location.open() as opened:
-        parquet = pq.ParquetFile(opened)
+        parquet = tables.opened(opened)
         schema = parquet.schema_arrow
         if not set(needed) <= set(schema.names):
             return

@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from pipeline import tables
 from pipeline.runs import Run, RunError
@@ -250,7 +249,7 @@ class Sources:
             location = self.slice(self.occlusion, name)
             assert location is not None
             with location.open() as file:
-                for batch in pq.ParquetFile(file).iter_batches(batch_size=1):
+                for batch in tables.opened(file).iter_batches(batch_size=1):
                     yield with_arrays(batch)
 
 

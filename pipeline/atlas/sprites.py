@@ -13,9 +13,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from PIL import Image
 
+from pipeline import tables
 from pipeline.drawing.tiles import Box, Pixels, around_grey, patch_of, tile
 from pipeline.projections import relative
 from pipeline.storage import Location
@@ -64,7 +64,7 @@ def sprites(table: Location, tile_px: int, input_px: int) -> Iterator[Sprite]:
 def _whole_maps(table: Location) -> Iterator[pa.Table]:
     """The rows, a row group at a time; a map that two row groups share is held back until it is whole."""
     with table.open() as file:
-        parquet = pq.ParquetFile(file)
+        parquet = tables.opened(file)
         held: pa.Table | None = None
         for group in range(parquet.num_row_groups):
             rows = parquet.read_row_group(group, columns=TILE_COLUMNS)

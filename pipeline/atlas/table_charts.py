@@ -11,8 +11,8 @@ from typing import TypeVar, get_args
 
 import numpy as np
 import pandas as pd
-import pyarrow.parquet as pq
 
+from pipeline import tables
 from pipeline.atlas.catalogue import ResultTable, within
 from pipeline.atlas.charts import Bars, Chart, bars, chart
 from pipeline.runs import Run
@@ -234,7 +234,7 @@ def read(run: Run, table: ResultTable, columns: list[str]) -> pd.DataFrame | Non
     for file in table.files:
         location = within(run.location, file.path)
         with location.open() as opened:
-            parquet = pq.ParquetFile(opened)
+            parquet = tables.opened(opened)
             if not set(columns) <= set(parquet.schema_arrow.names):
                 return None
             pieces.append(parquet.read(columns).to_pandas())
