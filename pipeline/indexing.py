@@ -26,6 +26,8 @@ from pipeline.storage import Location, StorageError
 
 _LONGEST_HEADER = 2**20  # bytes that a long name or a pax header goes on for
 _MOST_UNNAMED_CLASSES = 100_000
+_NAMED = 5
+"""Shards that a message names."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,30 @@ def scan(location: Location) -> Scan:
     for row in rows:
         row.update(split=split_of(location.name), shard=location.name)
     return Scan(location.name, size, sha256, rows, damage)
+
+
+def check(index: Index) -> None:
+    """Read every shard that the index lists, and compare it with what it was, byte for byte by its sha256.
+
+    Raises: BadShards naming the shards that are gone or were changed, StorageError.
+    """
+    changed = []
+    for file, expected in index.identities.items():
+        try:
+            with _at_hand(index.folder / file) as opened:
+                found = hashlib.file_digest(opened, "sha256").hexdigest()
+                if (opened.tell(), found) != expected:
+                    changed.append(f"{file} was changed ({expected[0]} bytes then, {opened.tell()} now)")
+        except FileNotFoundError:
+            changed.append(f"{file} is gone")
+        except OSError as error:
+            raise StorageError(f"cannot read {index.folder / file}: {error}") from error
+    if changed:
+        raise BadShards(
+            f"{len(changed)} of {len(index.identities)} shards in {index.folder} are not what the index lists: "
+            f"{'; '.join(changed[:_NAMED])}{'; ...' if len(changed) > _NAMED else ''}. Bring them back, or make the "
+            "index again: tables of the old ones are then tables of other images"
+        )
 
 
 @contextmanager

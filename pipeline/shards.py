@@ -189,7 +189,7 @@ class Index:
         location = self.folder / shard
         kept = cache.of_this_node() if location.local is None else None
         try:
-            copy = kept.open(location, *self._identities[shard]) if kept and shard in self._identities else None
+            copy = kept.open(location, *self.identities[shard]) if kept and shard in self.identities else None
             if copy is None:
                 return location.read_range(start, length)
         except FileNotFoundError as error:
@@ -198,7 +198,7 @@ class Index:
             return os.pread(copy.fileno(), length, start)
 
     @cached_property
-    def _identities(self) -> dict[str, tuple[int, str]]:
+    def identities(self) -> dict[str, tuple[int, str]]:
         """Bytes and sha256 of each shard."""
         return {s["file"]: (int(s["bytes"]), str(s["sha256"])) for listed in self.shards.values() for s in listed}
 

@@ -9,7 +9,8 @@ from typing import Annotated
 
 import tyro
 
-from pipeline.indexing import index_shards
+from pipeline import shards
+from pipeline.indexing import check, index_shards
 from pipeline.progress import say, suggest
 from pipeline.shards import BadShards
 from pipeline.sources import ilsvrc2012, imagefolder, rendered, scenes, torchvision
@@ -125,9 +126,25 @@ class Index:
     """Index what can be read of damaged shards instead of refusing them."""
 
 
-def run(command: Writing | Index) -> int:
+@dataclass(frozen=True, kw_only=True)
+class Check:
+    """Read all shards of an index, and compare them with it byte for byte."""
+
+    data: Annotated[str, tyro.conf.Positional]
+    """The shards: a local path, s3:// or gs://."""
+    index: str | None = None
+    """Folder of their index; default the shards' own."""
+
+
+def run(command: Writing | Index | Check) -> int:
     """Carry the command out, and say what there is now."""
     started = time.monotonic()
+    if isinstance(command, Check):
+        index = shards.Index.load(command.data, command.index)
+        check(index)
+        size, seconds = sum(size for size, _ in index.identities.values()), time.monotonic() - started
+        say(f"shards: {len(index.identities)} are as they were indexed, {size / 1e6:,.1f} MB, in {seconds:.1f} s")
+        return 0
     if isinstance(command, Index):
         made = index_shards(
             list(command.shards), command.out, classes=command.classes, accept_damaged=command.accept_damaged

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from pipeline import shards
 from pipeline.indexing import index_shards, split_of
 from pipeline.shards import BadShards, Index, Sample, Skipped
+from pipeline.sources import commands
 from pipeline.storage import StorageError
 from tests.conftest import samples
 from tests.tars import add, offsets, write_tar
@@ -308,3 +309,21 @@ def test_key_order_is_the_order_of_code_points(tmp_path):
     path = tar_of(tmp_path / "val-0.tar", *((f"{key}.jpg", b"1") for key in keys))
     rows = make_index(path).split("val")
     assert rows.sort_by("number")["key"].to_pylist() == sorted(keys)
+
+
+# ----------------------------------------------------------------------------------------------------------- check
+
+
+def test_shards_that_were_changed_or_are_gone_are_named(make_shards, capsys):
+    data = make_shards(train=[3, 2], val=[2])
+    given = commands.Check(data=str(data))
+    assert commands.run(given) == 0
+    assert "shards: 3 are as they were indexed" in capsys.readouterr().out
+    changed = bytearray((data / "train-000001.tar").read_bytes())
+    changed[700] ^= 1
+    (data / "train-000001.tar").write_bytes(changed)
+    (data / "val-000000.tar").unlink()
+    with pytest.raises(
+        BadShards, match=r"2 of 3 shards .+train-000001.tar was changed \(\d+ .+; val-000000.tar is gone"
+    ):
+        commands.run(given)
