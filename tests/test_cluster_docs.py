@@ -99,10 +99,11 @@ def test_the_jobs_would_take_its_commands():
 
 
 def test_the_jobs_would_take_its_options():
-    options = set(re.findall(r"`(--(?:workers|decoders|device|min-workers)[\w.-]* [\w.: -]+)`", PAGE))
+    options = set(re.findall(r"`(--(?:workers|decoders|device|min-workers|failures)[\w.-]* [\w.: -]+)`", PAGE))
     assert len(options) >= 5
     for option in options:
-        would_take(f"python jobs/{'train' if '--min-workers' in option else 'top9'}.py {option}")
+        training = "--min-workers" in option or "--failures" in option
+        would_take(f"python jobs/{'train' if training else 'top9'}.py {option}")
 
 
 def test_its_files_are_there():
