@@ -106,6 +106,14 @@ def test_the_jobs_would_take_its_options():
         would_take(f"python jobs/{'train' if training else 'top9'}.py {option}")
 
 
+def test_the_driver_is_that_of_the_pinned_cuda():
+    """What torch's wheel needs beside it is pinned in constraints.txt, CUDA among it."""
+    pins = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().split())
+    cuda = ".".join(pins["cuda-toolkit"].split(".")[:2])
+    assert f"torch {pins['torch']}, whose wheel\nbrings CUDA {cuda} along" in PAGE
+    assert cuda.startswith("13."), "another CUDA needs another driver: docs/cluster.md, The driver"
+
+
 def test_its_files_are_there():
     for link in re.findall(r"\]\(([\w/.-]+)\)", PAGE):
         assert (ROOT / "docs" / link).exists(), link
