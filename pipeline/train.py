@@ -34,9 +34,6 @@ from pipeline.stream import labelled
 from zfnet import models
 from zfnet.recipe import PRESETS, Colour, Initialisation, Precision, Recipe, Schedule, preset_of
 
-MAX_FAILURES = 3
-"""How often Ray Train starts the workers again after one of them died."""
-
 Tell = Callable[[dict[str, Any], int, str], str]
 
 
@@ -94,6 +91,8 @@ class Common:
     """Epochs whose weights are kept for jobs/evolution.py, beside the last two; default the paper's of figure 4."""
     min_workers: int | None = None
     """Elastic training: start and go on with as few workers as this, and use up to --workers.num as nodes come."""
+    failures: int = 3
+    """How often a call goes on from the newest checkpoint after workers or their nodes died; spot nodes need more."""
     tensorboard: bool = False
     """Write each epoch's metrics for TensorBoard too, to RUN/tensorboard; needs a local --run."""
     workers: Workers = field(default_factory=Workers)
@@ -200,6 +199,8 @@ def _refuse_places(options: Options, directory: Run) -> None:
     """Options that decide no result. Raises: RunError."""
     if options.checkpoint_steps < 1:
         raise RunError(f"--checkpoint-steps is {options.checkpoint_steps}: give at least 1")
+    if options.failures < 0:  # Ray Train's -1 is without end: a fault that comes back would never be said
+        raise RunError(f"--failures is {options.failures}: give 0, for none, or more")
     if options.min_workers is not None and not 1 <= options.min_workers <= (options.workers.num or 0):
         raise RunError(
             f"--min-workers is {options.min_workers} and --workers.num {options.workers.num}: give 1 or more, and "
@@ -364,7 +365,7 @@ def _on_ray(options: Options, plan: Plan, trainer: type[Trainer]) -> None:
             "keep_epochs": options.keep_epochs,
         }
         most = None if options.min_workers is None else options.workers.num
-        cluster.fit(_worker, config, resources, MAX_FAILURES, most)
+        cluster.fit(_worker, config, resources, options.failures, most)
 
 
 def _worker(config: dict[str, Any]) -> None:

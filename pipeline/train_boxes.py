@@ -72,6 +72,8 @@ class Options:
     """Processes of each worker that decode images; default its number of CPUs, 0: the worker decodes itself."""
     checkpoint_steps: int = 1000
     """Steps between two checkpoints inside an epoch; each epoch's end has one anyway. It never changes a result."""
+    failures: int = 3
+    """How often a call goes on from the newest checkpoint after workers or their nodes died; spot nodes need more."""
     workers: Workers = field(default_factory=Workers)
     """What the job asks of the cluster."""
     plan: bool = False
@@ -79,8 +81,8 @@ class Options:
 
     def places(self) -> train.Options:
         """What decides no result."""
-        names = ("run", "data", "index", "address", "max_skipped", "decoders", "checkpoint_steps", "workers", "plan")
-        return train.Options(**{name: getattr(self, name) for name in names})
+        names = ("run", "data", "index", "address", "max_skipped", "decoders", "checkpoint_steps", "failures")
+        return train.Options(**{name: getattr(self, name) for name in (*names, "workers", "plan")})
 
 
 @dataclass(frozen=True, kw_only=True)

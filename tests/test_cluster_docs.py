@@ -99,10 +99,19 @@ def test_the_jobs_would_take_its_commands():
 
 
 def test_the_jobs_would_take_its_options():
-    options = set(re.findall(r"`(--(?:workers|decoders|device|min-workers)[\w.-]* [\w.: -]+)`", PAGE))
+    options = set(re.findall(r"`(--(?:workers|decoders|device|min-workers|failures)[\w.-]* [\w.: -]+)`", PAGE))
     assert len(options) >= 5
     for option in options:
-        would_take(f"python jobs/{'train' if '--min-workers' in option else 'top9'}.py {option}")
+        training = "--min-workers" in option or "--failures" in option
+        would_take(f"python jobs/{'train' if training else 'top9'}.py {option}")
+
+
+def test_the_driver_is_that_of_the_pinned_cuda():
+    """What torch's wheel needs beside it is pinned in constraints.txt, CUDA among it."""
+    pins = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().split())
+    cuda = ".".join(pins["cuda-toolkit"].split(".")[:2])
+    assert f"torch {pins['torch']}, whose wheel\nbrings CUDA {cuda} along" in PAGE
+    assert cuda.startswith("13."), "another CUDA needs another driver: docs/cluster.md, The driver"
 
 
 def test_its_files_are_there():

@@ -2,17 +2,22 @@
 
 import copy
 import json
+import os
 import re
+import shlex
 import subprocess
 import sys
 import tomllib
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import jsonschema
 import pytest
 import yaml
+from click.testing import CliRunner
 from ray.autoscaler._private.kuberay.autoscaling_config import _derive_autoscaling_config_from_ray_cr
+from ray.dashboard.modules.job import cli
 
 from tests.conftest import ROOT
 from tests.jobs.parse import would_take
@@ -108,13 +113,98 @@ def test_a_pod_never_uses_more_than_it_asked_for(job):
         assert container["resources"]["requests"] == container["resources"]["limits"]
 
 
+FOLDER = "/home/ray/zfnet-atlas"
+
+
+def commands_of(job: dict[str, Any]) -> list[str]:
+    """The jobs' commands in the one line that the entrypoint's shell runs, after it went to the project's folder."""
+    shell, option, line = shlex.split(job["spec"]["entrypoint"])
+    assert (shell, option) == ("bash", "-c")
+    folder, *commands = line.split(" && ")
+    assert folder == f"cd {FOLDER}"
+    return commands
+
+
 def test_the_jobs_would_take_its_commands(job):
-    folder, *commands = job["spec"]["entrypoint"].split(" && ")
-    assert folder == "cd /home/ray/zfnet-atlas"
+    commands = commands_of(job)
+    assert len(commands) == 6
     for command in commands:
         would_take(command)
     with pytest.raises(SystemExit):
         would_take(commands[0] + " --epoch 3")
+
+
+SUBMISSION = "--address http://head:8265"
+SUBMITTERS = {
+    "a pod of its own": (
+        f"if ! ray job status {SUBMISSION} atlas-1 >/dev/null 2>&1 ; then ray job submit {SUBMISSION} --no-wait "
+        f"--submission-id atlas-1 -- ENTRYPOINT ; fi ; ray job logs {SUBMISSION} --follow atlas-1"
+    ),
+    "the head's pod": f"ray job submit {SUBMISSION} --submission-id atlas-1 -- ENTRYPOINT ;",
+}
+"""What KubeRay gives to `bash -ce --` (BuildJobSubmitCommand of its ray-operator), without the wait for the head."""
+
+RAY = """\
+import os, pathlib, shlex, subprocess, sys
+status = pathlib.Path(os.environ["HERE"], "status")
+if sys.argv[2] == "status":
+    sys.exit(not status.exists())
+if sys.argv[2] == "submit":
+    words = sys.argv[sys.argv.index("--") + 1 :]
+    line = subprocess.list2cmdline(words) if os.environ["JOINED"] == "list2cmdline" else shlex.join(words)
+    done = subprocess.run(line, shell=True, env=os.environ | {"WHERE": "job"})
+    status.write_text(str(done.returncode))
+"""
+"""Stands for `ray job`: runs what is submitted by `sh -c`, as a job's supervisor does, and keeps its exit status."""
+
+PYTHON = """\
+#!/bin/bash
+echo "$WHERE: $PWD$ python $*" >> "$HERE/calls"
+test "$1" != "$FAILS"
+"""
+
+
+def submitted(job: dict[str, Any], here: Path, line: str, joined: str, fails: str = "") -> tuple[int, list[str]]:
+    """Exit status of the job, and each call of python: where, in which folder, with what."""
+    (here / "bin").mkdir()
+    for name, text in (("ray", f"#!{sys.executable}\n{RAY}"), ("python", PYTHON)):
+        (here / "bin" / name).write_text(text)
+        (here / "bin" / name).chmod(0o755)
+    line = line.replace("ENTRYPOINT", job["spec"]["entrypoint"].strip().replace(FOLDER, str(here)))
+    path = f"{here / 'bin'}{os.pathsep}{os.environ['PATH']}"
+    given = {"PATH": path, "HERE": str(here), "WHERE": "submitter", "FAILS": fails, "JOINED": joined}
+    subprocess.run(["bash", "-ce", "--", line], env=os.environ | given, check=False, cwd="/")
+    return int((here / "status").read_text()), (here / "calls").read_text().splitlines()
+
+
+@pytest.mark.parametrize("joined", ["shlex.join", "list2cmdline"])  # this Ray's way, and an earlier one's
+@pytest.mark.parametrize("submitter", SUBMITTERS)
+def test_all_jobs_run_in_the_cluster_in_turn(job, tmp_path, submitter, joined):
+    """And none in the pod that submits them."""
+    status, calls = submitted(job, tmp_path, SUBMITTERS[submitter], joined)
+    assert calls == [f"job: {tmp_path}$ {command}" for command in commands_of(job)]
+    assert status == 0
+
+
+@pytest.mark.parametrize("submitter", SUBMITTERS)
+@pytest.mark.parametrize("failing", range(6))
+def test_a_job_that_fails_is_the_last_and_fails_all(job, tmp_path, submitter, failing):
+    commands = commands_of(job)
+    script = commands[failing].split()[1]
+    status, calls = submitted(job, tmp_path, SUBMITTERS[submitter], "shlex.join", fails=script)
+    assert calls == [f"job: {tmp_path}$ {command}" for command in commands[: failing + 1]]
+    assert status == 1
+
+
+def test_ray_joins_words_as_its_stand_in_does(job):
+    """Its own command line, up to the request."""
+    words = shlex.split(job["spec"]["entrypoint"])
+    with mock.patch.object(cli, "_get_sdk_client") as client:
+        client.return_value.submit_job.return_value = "atlas-1"
+        arguments = ["submit", *SUBMISSION.split(), "--no-wait", "--submission-id", "atlas-1", "--", *words]
+        done = CliRunner().invoke(cli.job_cli_group, arguments, catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    assert client.return_value.submit_job.call_args.kwargs["entrypoint"] == shlex.join(words)
 
 
 def dockerfile() -> list[list[str]]:

@@ -138,6 +138,15 @@ def test_negatives_are_windows_of_the_background_a_few_of_each_view(classifier, 
     assert (len({tuple(other) for other in others}) > 1) == (mining != "offending")
 
 
+@pytest.mark.parametrize("kind", [Localizer, Detector])
+def test_failures_are_those_of_any_training(kind, classifier, data, tmp_path):
+    assert options(kind, tmp_path / "run", classifier, data).places().failures == 3
+    assert options(kind, tmp_path / "run", classifier, data, failures=100).places().failures == 100
+    with pytest.raises(RunError, match="--failures is -1: give 0, for none, or more"):
+        train(kind, tmp_path / "run", classifier, data, failures=-1)
+    assert not (tmp_path / "run").exists()
+
+
 def localizer(classifier, data, tmp_path, **more):
     given = options(Localizer, tmp_path / "plan", classifier, data, **more)
     architecture = "overfeat_fast_small" + ("+class-boxes" if given.boxes == "per-class" else "+boxes")

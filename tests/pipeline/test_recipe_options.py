@@ -1,12 +1,14 @@
 """Recipes as trained: statistics against NumPy, colour shifts, equality over workers, and the options that change no
 default."""
 
+from contextlib import nullcontext
+
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 
-from pipeline import mean, train
+from pipeline import cluster, mean, train
 from pipeline.cluster import Workers
 from pipeline.runs import Run, RunError
 from pipeline.shards import Index
@@ -159,6 +161,7 @@ def test_tensorboard_gets_each_column(data, tmp_path):
     ("more", "message"),
     [
         ({"checkpoint_steps": 0}, "--checkpoint-steps is 0"),
+        ({"failures": -1}, "--failures is -1: give 0, for none, or more"),
         ({"min_workers": 2, "workers": Workers(num=1)}, "--min-workers is 2 and --workers.num 1"),
         ({"min_workers": 1}, "--workers.num as the largest"),
     ],
@@ -167,6 +170,23 @@ def test_refused_places(data, tmp_path, more, message):
     with pytest.raises(RunError, match=message):
         train.run(options(tmp_path / "run", data, **more))
     assert not (tmp_path / "run").exists()
+
+
+def test_failures_are_ray_trains(data, tmp_path, monkeypatch):
+    """The option reaches what Ray Train is built with, which is all that is looked at."""
+    built = []
+
+    def trainer(*_, run_config, **__):
+        built.append(run_config.failure_config.max_failures)
+        raise RunError("seen")
+
+    monkeypatch.setattr("ray.train.torch.TorchTrainer", trainer)
+    monkeypatch.setattr(cluster, "connected", lambda address: nullcontext())
+    monkeypatch.setattr(cluster, "resolve", lambda workers: cluster.Resources(num=1, cpus=1, gpus=0))
+    for number, given in enumerate(({}, {"failures": 0}, {"failures": 100})):
+        with pytest.raises(RunError, match="seen"):
+            train.run(options(tmp_path / f"{number}", data, workers=Workers(num=1), **given))
+    assert built == [3, 0, 100]
 
 
 def test_two_workers_of_64_are_one_of_128(make_shards, tmp_path, ray_cluster):

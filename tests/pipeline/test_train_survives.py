@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 
 from pipeline import checkpoints, metrics, train
-from pipeline.cluster import Workers
+from pipeline.cluster import TrainingFailed, Workers
 from pipeline.loop import Plan, Trainer
 from pipeline.runs import Run
 from tests.conftest import ROOT
@@ -113,6 +113,25 @@ def test_a_worker_killed_inside_an_epoch_changes_no_bit(make_shards, tmp_path, r
     assert killed
     assert pd.read_parquet(run / "metrics").epoch.tolist() == [1, 2, 3, 4]
     assert weights(run).model_id == weights(whole).model_id
+
+
+@pytest.mark.slow
+def test_a_death_more_than_allowed_ends_the_call_and_the_next_goes_on(make_shards, tmp_path, ray_cluster):
+    data, run = make_shards(train=[200], val=[6]), tmp_path / "run"
+    shared = {"epochs": 4, "checkpoint_steps": 3, "workers": Workers(num=2, cpus=1)}
+
+    def kill():
+        wait_for(run, STEPS + 4)
+        kill_worker()
+
+    thread = threading.Thread(target=kill)
+    thread.start()
+    with pytest.raises(TrainingFailed):
+        train.run(options(run, data, **shared, failures=0))
+    thread.join()
+    assert checkpoints.newest(Run.at(str(run))) is not None
+    assert train.run(options(run, data, **shared, failures=0)) == 0
+    assert pd.read_parquet(run / "metrics").epoch.tolist() == [1, 2, 3, 4]
 
 
 # ------------------------------------------------------------------------------------------- the number of workers
