@@ -17,12 +17,13 @@ from pipeline.runs import Run
 from pipeline.storage import Location
 from tests.conftest import random_model
 from tests.jobs import shell
-from tests.jobs.killing import SEED
+from tests.jobs.killing import SEED, Moment, kill_at, start
 from tests.pipeline.exact import assert_same
 from tests.pipeline.faults import Fault
 
 RUN, DATA = "s3://bucket/runs/small", "s3://bucket/shards/small"
 IN_PROCESS = ("--workers.num", "0", "--workers.cpus", "1")
+BESIDE = ("manifests", "account")
 SHARDS = ("--train", "48", "--val", "24", "--samples-per-shard", "16")
 TRAINING = ("--epochs", "2", "--batch", "8", "--checkpoint-steps", "4")
 SWEEPS = {
@@ -142,3 +143,33 @@ def test_training_on_s3_is_the_local_one_through_faults(s3, tmp_path, monkeypatc
     assert checkpoints.finished(Run.at(RUN)) == checkpoints.finished(Run.at(str(run))) == [1, 2]
     assert not [path for path in everything(RUN) if ".tmp-" in path]
     assert len(list((tmp_path / "cache").glob("*.tar"))) == (5 if cached else 0)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("job", ["top9", "deconv", "features"])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_sweep_on_s3_survives_any_kills_of_its_driver(s3, tmp_path, job, workers):
+    """Between two uploads of parts, and between those of the fold: workers of a dead driver may still be uploading."""
+    data, run = tmp_path / "shards", tmp_path / "run"
+    for at, shards in ((run, data), (RUN, DATA)):
+        done("shards", "rendered", "--out", shards, *SHARDS)
+        imported(at, shards)
+        if job == "deconv":
+            done("top9", "--run", at, "--data", shards, *SWEEPS["top9"], *IN_PROCESS)
+    done(job, "--run", run, "--data", data, *SWEEPS[job], *IN_PROCESS)
+    command = (job, "--run", RUN, "--data", DATA, *SWEEPS[job], "--workers.num", workers, "--workers.cpus", 1)
+    kills = ["parts/part-", *(["parts/part-"] if not workers else []), f"results/{job}/", f"manifests/{job}/"]
+    for number, part in enumerate(kills):  # workers may have done all parts before Ray ends them
+        moment, before = Moment.drawn("parts", job, workers, number), uploads(s3, part)
+        started = start(*command, log=tmp_path / f"{number}.log")
+        kill_at(started, lambda part=part, least=before + 1: uploads(s3, part) >= least, moment, started.kill)
+    done(*command)
+    copy = fetched(RUN, tmp_path / "copy")
+    assert_same(run, copy, *(path.name for path in (run / "results").iterdir() if path.name not in BESIDE))
+    assert not [path for path in everything("s3://bucket") if ".tmp-" in path or "unfinished" in path]
+
+
+def uploads(s3, part: str) -> int:
+    """Uploads so far of objects with this in their names."""
+    return sum(request.method == "PUT" and part in request.path for request in list(s3.requests))
