@@ -21,6 +21,7 @@ import ray
 import ray.data
 from ray.data.block import BlockAccessor
 
+from pipeline import interrupt
 from pipeline.progress import say
 
 S = TypeVar("S")
@@ -145,22 +146,9 @@ def connected(address: str | None) -> Iterator[None]:
         return
     # Ray warns on stderr of every actor whose arguments lie in the object store; ours are plain data in the driver.
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
-    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     try:
-        if address is not None:
-            _require_answer(address)
-            ray.init(address=address, runtime_env=_runtime_env(), **quiet)
-        elif os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR"):
-            ray.init(**quiet)
-        else:
-            # Loopback only, no dashboard: a laptop's job opens no port to others.
-            ray.init(
-                address="local",
-                include_dashboard=False,
-                object_store_memory=OBJECT_STORE_BYTES,
-                runtime_env=_runtime_env(),
-                **quiet,
-            )
+        with interrupt.kept(signal.SIGTERM):
+            _connect(address)
     except ConnectionError as error:
         raise CannotSchedule(
             f"no Ray cluster answers at {address!r}: {error}; start one or leave --address out"
@@ -169,7 +157,26 @@ def connected(address: str | None) -> Iterator[None]:
         with nullcontext() if address is None else _watched(ray.get_runtime_context().gcs_address):
             yield
     finally:
-        ray.shutdown()
+        with interrupt.kept(signal.SIGTERM):
+            ray.shutdown()
+
+
+def _connect(address: str | None) -> None:
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    if address is not None:
+        _require_answer(address)
+        ray.init(address=address, runtime_env=_runtime_env(), **quiet)
+    elif os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR"):
+        ray.init(**quiet)
+    else:
+        # Loopback only, no dashboard: a laptop's job opens no port to others.
+        ray.init(
+            address="local",
+            include_dashboard=False,
+            object_store_memory=OBJECT_STORE_BYTES,
+            runtime_env=_runtime_env(),
+            **quiet,
+        )
 
 
 @contextmanager
@@ -331,7 +338,7 @@ def fit(
             ),
         )
         try:
-            with _interruptible():
+            with interrupt.kept(signal.SIGINT):
                 trainer.fit()
         except TrainingFailedError as error:
             raise TrainingFailed(_words(error)) from None
@@ -342,19 +349,6 @@ def _words(error: Exception) -> str:
     causes = [getattr(cause, "_base_exc", cause) for cause in getattr(error, "worker_failures", {}).values()]
     ours = [str(cause) for cause in causes if type(cause).__module__.partition(".")[0] in ("pipeline", "zfnet")]
     return ours[0] if ours else str(error)
-
-
-@contextmanager
-def _interruptible() -> Iterator[None]:
-    """Ctrl-C ends the block with KeyboardInterrupt: Ray Train takes the signal for itself, and leaves with status 0."""
-    before = signal.getsignal(signal.SIGINT)
-    try:
-        yield
-    except SystemExit:
-        raise KeyboardInterrupt from None
-    finally:
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGINT, before)
 
 
 def train_context() -> tuple[int, int, str]:
