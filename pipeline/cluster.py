@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import re
 import signal
@@ -47,6 +48,14 @@ _AHEAD = 4
 _MARK = 0.001
 """How much an actor asks of a resource that only marks nodes: a thousand actors find room on each of them."""
 
+_LEAST_SHARE = 1e-4
+"""Of a GPU: Ray counts in ten-thousandths."""
+
+_COUNTED = ("CPU", "GPU", "memory", "object_store_memory")
+"""Ray's own resources, which every node may have; Ray takes them under other names."""
+
+_LAST_PORT = 65535
+
 _HEAD_LOOK_SECONDS = 5.0
 _HEAD_LOOKS = 3
 """Without an answer, before the job says that the cluster is gone."""
@@ -77,12 +86,14 @@ class Workers:
     """Only nodes that have this Ray resource: accelerator_type:A10G, or one that cluster.yaml gives them."""
 
     def __post_init__(self) -> None:
-        for name, least in (("num", 0), ("cpus", 1), ("gpus", 0)):
+        for name, least in (("num", 0), ("cpus", 1)):
             value = getattr(self, name)
             if value is not None and value < least:
                 raise CannotSchedule(f"--workers.{name} is {value}: give at least {least}")
-        if self.gpus and self.gpus > 1 and self.gpus % 1:
-            raise CannotSchedule(f"--workers.gpus is {self.gpus:g}: give a whole number, or a share below 1")
+        if self.gpus is not None:
+            _require_gpus(self.gpus)
+        if self.on is not None:
+            _require_mark("--workers.on", self.on)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,6 +112,27 @@ class Decoders:
         for name, least in (("num", 0), ("cpus", 1)):
             if getattr(self, name) < least:
                 raise CannotSchedule(f"--decoders.{name} is {getattr(self, name)}: give at least {least}")
+        _require_mark("--decoders.on", self.on)
+
+
+def _require_gpus(gpus: float) -> None:
+    """Raises: CannotSchedule for what is no share that Ray knows, and no number of GPUs."""
+    if not 0 <= gpus < math.inf:
+        raise CannotSchedule(f"--workers.gpus is {gpus:g}: give 0 or more")
+    if gpus > 1 and gpus % 1:
+        raise CannotSchedule(f"--workers.gpus is {gpus:g}: give a whole number, or a share below 1")
+    if 0 < gpus < _LEAST_SHARE:
+        raise CannotSchedule(f"--workers.gpus is {gpus:g}: give 0, or a share of at least {_LEAST_SHARE:g}")
+
+
+def _require_mark(option: str, on: str) -> None:
+    """Raises: CannotSchedule where it is no resource, or one of which Ray counts what each node has."""
+    if not on.strip() or on in _COUNTED:
+        raise CannotSchedule(
+            f"{option} is {on!r}: give a resource that marks some nodes, as accelerator_type:A10G or one that "
+            "cluster.yaml gives them; how many CPUs and GPUs each actor gets is said by --workers.cpus, --workers.gpus "
+            "and --decoders.cpus"
+        )
 
 
 @dataclass(frozen=True)
@@ -219,10 +251,15 @@ def _runtime_env() -> dict[str, Any]:
 
 
 def _require_answer(address: str) -> None:
-    """Ray itself would go on asking for minutes."""
-    match = re.fullmatch(r"(?:\w+://)?\[?([^\]/]+)\]?:(\d+)", address)
-    if match is None:
-        return  # "auto", or a name that Ray knows
+    """Ray itself would go on asking for minutes. Raises: CannotSchedule."""
+    if address in ("auto", "local"):
+        return
+    match = re.fullmatch(r"(?:ray://)?\[?([^\]/\s]+)\]?:(\d{1,5})", address)
+    if match is None or int(match[2]) > _LAST_PORT:
+        raise CannotSchedule(
+            f"--address is {address!r}: give HOST:PORT of the cluster's head (6379, if it was given no other port; "
+            "8265 is the dashboard's, for `ray job submit`), or auto for the cluster of this machine"
+        )
     try:
         socket.create_connection((match[1], int(match[2])), timeout=10).close()
     except OSError as error:

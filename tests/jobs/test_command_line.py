@@ -19,6 +19,8 @@ import pandas as pd
 import pytest
 import torch
 
+from pipeline import cluster
+from pipeline.cluster import CannotSchedule
 from pipeline.indexing import index_shards
 from pipeline.runs import Run
 from tests.conftest import CLASSES, ROOT, jpeg, random_model, samples
@@ -113,6 +115,9 @@ def refused(done: Done, *words: str) -> None:
         ("train", ("--epochs", "many"), ("many", "--epochs")),
         ("train", ("--schedule", "nope"), ("nope", "cosine", "plateau")),
         ("top9", ("--workers.num", "-1"), ("--workers.num is -1: give at least 0",)),
+        ("top9", ("--workers.gpus", "nan"), ("--workers.gpus is nan: give 0 or more",)),
+        ("train", ("--workers.on", "CPU"), ("--workers.on is 'CPU': give a", "accelerator_type")),
+        ("top9", ("--decoders.on", "GPU"), ("--decoders.on is 'GPU': give a", "accelerator_type")),
         ("shards", ("rendered", "--samples-per-shard", "0"), ("--samples-per-shard is 0: give at least 1",)),
         ("shards", ("rendered", "--seed", "-1"), ("--seed is -1: give 0 or more",)),
         ("shards", (), ("rendered, scenes, imagefolder, torchvision, ilsvrc2012", "index")),
@@ -269,6 +274,17 @@ def test_an_evolution_of_a_training_at_the_shell(world, tmp_path):
 def test_a_run_that_cannot_be_written_is_refused_by_training(world, place):
     done = shell.run("train", "--run", place, "--data", "data", *TRAIN, cwd=world)
     refused(done, "cannot write in", place, "choose a folder that can be written")
+
+
+@pytest.mark.parametrize("address", ["foo", "foo:99999", "http://127.0.0.1:8265", "", "127.0.0.1", "a b:1"])
+def test_an_address_that_is_none_is_refused(address):
+    with pytest.raises(CannotSchedule, match=f"--address is {address!r}: give HOST:PORT of the cluster's head"):
+        cluster._require_answer(address)
+
+
+def test_an_address_that_is_none_is_refused_by_a_job(world, run):
+    job = ("top9", "--run", run, "--data", world / "data", *SWEEPS["top9"])
+    refused(shell.run(*job, "--address", "foo"), "--address is 'foo'", "give HOST:PORT", "auto")
 
 
 @pytest.mark.parametrize("job", ["top9", "occlusion"])
