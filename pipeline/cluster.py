@@ -6,7 +6,6 @@ import logging
 import math
 import os
 import re
-import signal
 import socket
 import tempfile
 import threading
@@ -59,6 +58,9 @@ _LAST_PORT = 65535
 _HEAD_LOOK_SECONDS = 5.0
 _HEAD_LOOKS = 3
 """Without an answer, before the job says that the cluster is gone."""
+
+_ROOM_LOOK_SECONDS = 5.0
+"""Between two looks whether nodes live that can hold workers."""
 
 ELASTIC_SECONDS = 15.0
 """Between two looks for room for more training workers; also how long a group whose nodes are gone is waited for."""
@@ -149,6 +151,11 @@ class Resources:
         """Of each Ray resource that marks its nodes, how much it asks for."""
         return {} if self.on is None else {self.on: _MARK}
 
+    def asked(self) -> str:
+        """What each asks for, in words."""
+        marked = f" and the resource {self.on!r}" if self.on else ""
+        return f"{self.cpus} CPUs and {self.gpus:g} GPUs{marked}"
+
     def room(self, node: dict[str, float]) -> int:
         """How many of them a node holds."""
         if self.on is not None and not node.get(self.on):
@@ -179,7 +186,7 @@ def connected(address: str | None) -> Iterator[None]:
     # Ray warns on stderr of every actor whose arguments lie in the object store; ours are plain data in the driver.
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     try:
-        with interrupt.kept(signal.SIGTERM):
+        with interrupt.kept():
             _connect(address)
     except ConnectionError as error:
         raise CannotSchedule(
@@ -189,7 +196,7 @@ def connected(address: str | None) -> Iterator[None]:
         with nullcontext() if address is None else _watched(ray.get_runtime_context().gcs_address):
             yield
     finally:
-        with interrupt.kept(signal.SIGTERM):
+        with interrupt.kept():
             ray.shutdown()
 
 
@@ -212,19 +219,13 @@ def _connect(address: str | None) -> None:
 
 
 @contextmanager
-def _watched(head: str) -> Iterator[None]:
-    """Say so when the head of the cluster answers no more: Ray ends the process after a minute, without a word."""
+def _looking(seconds: float, look: Callable[[], None]) -> Iterator[None]:
+    """Call `look` every so many seconds, in a thread beside the block."""
     done = threading.Event()
 
     def watch() -> None:
-        silent = 0
-        while not done.wait(_HEAD_LOOK_SECONDS):
-            silent = 0 if _answers(head) else silent + 1
-            if silent == _HEAD_LOOKS:
-                say(
-                    f"the head of the Ray cluster at {head} does not answer any more: unless it does soon, Ray ends "
-                    "this job within a minute. What is done is kept: start a cluster and give the same command again"
-                )
+        while not done.wait(seconds):
+            look()
 
     thread = threading.Thread(target=watch, daemon=True)
     thread.start()
@@ -232,7 +233,56 @@ def _watched(head: str) -> Iterator[None]:
         yield
     finally:
         done.set()
-        thread.join()
+        thread.join(seconds)  # longer only while it waits for a head that is gone
+
+
+@contextmanager
+def _watched(head: str) -> Iterator[None]:
+    """Say so when the head of the cluster answers no more: Ray ends the process after a minute, without a word."""
+    silent = 0
+
+    def look() -> None:
+        nonlocal silent
+        silent = 0 if _answers(head) else silent + 1
+        if silent == _HEAD_LOOKS:
+            say(
+                f"the head of the Ray cluster at {head} does not answer any more: unless it does soon, Ray ends "
+                "this job within a minute. What is done is kept: start a cluster and give the same command again"
+            )
+
+    with _looking(_HEAD_LOOK_SECONDS, look):
+        yield
+
+
+@contextmanager
+def _room_watched(*needed: Resources, least: int = 1) -> Iterator[None]:
+    """Say so when the living nodes have no room any more for `least` workers of each kind, and when they have again.
+
+    Ray waits for a node for ever, without a word.
+    """
+    waiting = False
+
+    def look() -> None:
+        nonlocal waiting
+        try:
+            found = nodes()
+        except Exception:  # the head is gone, and _watched says so
+            return
+        rooms = [(sum(resources.room(node) for node in found), resources) for resources in needed]
+        short = [(room, resources) for room, resources in rooms if room < least]
+        if short and not waiting:
+            room, resources = short[0]
+            who = f"the living nodes can hold {room} of {least} workers" if room else "no living node can hold a worker"
+            say(
+                f"{who} any more: each needs {resources.asked()}; {_describe(found)}. What is done is kept, and this "
+                "job waits: it goes on when such a node comes. To stop it: Ctrl-C, and the same command later"
+            )
+        elif waiting and not short:
+            say("there is room for the workers again: this job goes on")
+        waiting = bool(short)
+
+    with _looking(_ROOM_LOOK_SECONDS, look):
+        yield
 
 
 def _answers(head: str) -> bool:
@@ -286,8 +336,7 @@ def resolve(workers: Workers) -> Resources:
     least = Resources(1, 1, gpus, workers.on)
     usable = [node for node in found if least.room(node)]
     if not usable:
-        marked = f" and the resource {workers.on!r}" if workers.on else ""
-        raise CannotSchedule(f"an actor needs at least 1 CPU and {gpus:g} GPUs{marked}; {_describe(found)}")
+        raise CannotSchedule(f"an actor needs at least {least.asked()}; {_describe(found)}")
     share = -(-workers.num // len(usable)) if workers.num else 1
     per_node = [max(share, _on_gpus(node, gpus)) if gpus else share for node in usable]
     cpus = workers.cpus or max(1, int(min(node["CPU"] // n for node, n in zip(usable, per_node, strict=True))))
@@ -374,8 +423,10 @@ def fit(
                 name="train", storage_path=scratch, failure_config=FailureConfig(max_failures=failures)
             ),
         )
+        # It would take Ctrl-C for itself, and wait for a controller that may be gone. Closing Ray ends the workers too.
+        trainer._register_sigint_handler = lambda controller: None
         try:
-            with interrupt.kept(signal.SIGINT):
+            with _room_watched(resources, least=resources.num):
                 trainer.fit()
         except TrainingFailedError as error:
             raise TrainingFailed(_words(error)) from None
@@ -418,9 +469,10 @@ def map_parts(numbers: list[int], *stages: Stage) -> Generator[dict[str, Any], N
         dataset = _through(dataset, stage, len(numbers))
     # Not iter_rows(): the threads in which it reads ahead outlive an error, and one that asks Ray for something after
     # Ray's end ends the process, before the error is told.
-    for bundle in dataset.iter_internal_ref_bundles():
-        for block in bundle.blocks:
-            yield from BlockAccessor.for_block(ray.get(block.ref)).iter_rows(public_row_format=True)
+    with _room_watched(*(stage.resources for stage in stages)):
+        for bundle in dataset.iter_internal_ref_bundles():
+            for block in bundle.blocks:
+                yield from BlockAccessor.for_block(ray.get(block.ref)).iter_rows(public_row_format=True)
 
 
 def _through(dataset: ray.data.Dataset, stage: Stage, parts: int) -> ray.data.Dataset:
@@ -444,10 +496,11 @@ def in_tasks(do: Callable[[S], T], given: Iterable[S], on: str | None = None) ->
 
     Raises: what `do` raises; CannotSchedule where the workers of a task died several times.
     """
-    marks = Resources(0, 1, 0.0, on).marks
-    task, sent = ray.remote(_do).options(num_cpus=1, resources=marks), ray.put(do)
+    each = Resources(1, 1, 0.0, on)
+    task, sent = ray.remote(_do).options(num_cpus=1, resources=each.marks), ray.put(do)
     most = min(TASKS_AT_ONCE, 2 * int(ray.cluster_resources().get("CPU", 1)))
-    yield from _in_order(lambda one: task.remote(sent, one), _result, given, most)
+    with _room_watched(each):
+        yield from _in_order(lambda one: task.remote(sent, one), _result, given, most)
 
 
 def in_threads(do: Callable[[S], T], given: Iterable[S], at_once: int) -> Iterator[T]:

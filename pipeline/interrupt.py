@@ -35,18 +35,18 @@ def raised() -> Iterator[None]:
 
 
 @contextmanager
-def kept(taken: signal.Signals) -> Iterator[None]:
-    """Signals mean after the block what they meant before, though a library takes one for itself in it.
+def kept() -> Iterator[None]:
+    """Signals mean after the block what they meant before, though Ray takes SIGTERM for itself in it.
 
-    Ray takes SIGTERM when it connects (its native handler dumps a stack), and gives the system's own back when it
-    disconnects; Ray Train takes Ctrl-C. Both leave with SystemExit, which becomes KeyboardInterrupt here.
+    It leaves with SystemExit while it connects, which becomes KeyboardInterrupt here; then its native handler would
+    dump a stack, and when it disconnects it gives SIGTERM back to the system.
     """
     global _came
     before = {number: signal.getsignal(number) for number in _WORDS}
     try:
         yield
     except SystemExit:
-        _came = _came or taken
+        _came = _came or signal.SIGTERM
         raise KeyboardInterrupt from None
     finally:
         with suppress(ValueError):  # a thread beside the main one, whose signals nobody took
@@ -85,9 +85,6 @@ def _end(number: int, frame: FrameType | None) -> None:
     if _came is not None:
         return  # it is ending; `timeout` sends SIGTERM twice
     _came = signal.Signals(number)
-    theirs = signal.getsignal(signal.SIGINT)
-    if callable(theirs) and theirs is not _end:
-        theirs(signal.SIGINT, frame)  # Ray Train's: it ends the workers before it leaves
     raise KeyboardInterrupt
 
 

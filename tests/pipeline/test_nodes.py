@@ -70,7 +70,7 @@ def test_what_an_actor_gets(nodes, workers, found, expected):
     ("workers", "found", "message"),
     [
         (Workers(num=7, gpus=0.4, cpus=1), [{"CPU": 64, "GPU": 3}], "7 workers of 1 CPUs and 0.4 GPUs .+ 6 fit"),
-        (Workers(on="big"), [CPU_NODE], "at least 1 CPU and 0 GPUs and the resource 'big'; the cluster has 1 nodes"),
+        (Workers(on="big"), [CPU_NODE], "at least 1 CPUs and 0 GPUs and the resource 'big'; the cluster has 1 nodes"),
     ],
 )
 def test_what_never_fits_is_refused(nodes, workers, found, message):
