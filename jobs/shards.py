@@ -15,21 +15,19 @@ import sys
 from pathlib import Path
 from typing import Annotated
 
-import tyro
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from pipeline import command
 from pipeline.sources.commands import Check, Ilsvrc2012, ImageFolder, Index, Rendered, Scenes, Torchvision, run
 
 Command = (
-    Annotated[Rendered, tyro.conf.subcommand("rendered")]
-    | Annotated[Scenes, tyro.conf.subcommand("scenes")]
-    | Annotated[ImageFolder, tyro.conf.subcommand("imagefolder")]
-    | Annotated[Torchvision, tyro.conf.subcommand("torchvision")]
-    | Annotated[Ilsvrc2012, tyro.conf.subcommand("ilsvrc2012")]
-    | Annotated[Index, tyro.conf.subcommand("index")]
-    | Annotated[Check, tyro.conf.subcommand("check")]
+    Annotated[Rendered, command.subcommand("rendered")]
+    | Annotated[Scenes, command.subcommand("scenes")]
+    | Annotated[ImageFolder, command.subcommand("imagefolder")]
+    | Annotated[Torchvision, command.subcommand("torchvision")]
+    | Annotated[Ilsvrc2012, command.subcommand("ilsvrc2012")]
+    | Annotated[Index, command.subcommand("index")]
+    | Annotated[Check, command.subcommand("check")]
 )
 
 

@@ -9,14 +9,12 @@ import sys
 from pathlib import Path
 from typing import Annotated
 
-import tyro
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from pipeline import command, status
 
 
-def main(run: Annotated[str, tyro.conf.Positional], json: bool = False) -> int:
+def main(run: Annotated[str, command.POSITIONAL], json: bool = False) -> int:
     """Print the status of a run.
 
     Args:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import re
-import signal
 import socket
 import tempfile
 import threading
@@ -21,6 +21,7 @@ import ray
 import ray.data
 from ray.data.block import BlockAccessor
 
+from pipeline import interrupt
 from pipeline.progress import say
 
 S = TypeVar("S")
@@ -46,9 +47,20 @@ _AHEAD = 4
 _MARK = 0.001
 """How much an actor asks of a resource that only marks nodes: a thousand actors find room on each of them."""
 
+_LEAST_SHARE = 1e-4
+"""Of a GPU: Ray counts in ten-thousandths."""
+
+_COUNTED = ("CPU", "GPU", "memory", "object_store_memory")
+"""Ray's own resources, which every node may have; Ray takes them under other names."""
+
+_LAST_PORT = 65535
+
 _HEAD_LOOK_SECONDS = 5.0
 _HEAD_LOOKS = 3
 """Without an answer, before the job says that the cluster is gone."""
+
+_ROOM_LOOK_SECONDS = 5.0
+"""Between two looks whether nodes live that can hold workers."""
 
 ELASTIC_SECONDS = 15.0
 """Between two looks for room for more training workers; also how long a group whose nodes are gone is waited for."""
@@ -76,12 +88,14 @@ class Workers:
     """Only nodes that have this Ray resource: accelerator_type:A10G, or one that cluster.yaml gives them."""
 
     def __post_init__(self) -> None:
-        for name, least in (("num", 0), ("cpus", 1), ("gpus", 0)):
+        for name, least in (("num", 0), ("cpus", 1)):
             value = getattr(self, name)
             if value is not None and value < least:
                 raise CannotSchedule(f"--workers.{name} is {value}: give at least {least}")
-        if self.gpus and self.gpus > 1 and self.gpus % 1:
-            raise CannotSchedule(f"--workers.gpus is {self.gpus:g}: give a whole number, or a share below 1")
+        if self.gpus is not None:
+            _require_gpus(self.gpus)
+        if self.on is not None:
+            _require_mark("--workers.on", self.on)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,6 +114,27 @@ class Decoders:
         for name, least in (("num", 0), ("cpus", 1)):
             if getattr(self, name) < least:
                 raise CannotSchedule(f"--decoders.{name} is {getattr(self, name)}: give at least {least}")
+        _require_mark("--decoders.on", self.on)
+
+
+def _require_gpus(gpus: float) -> None:
+    """Raises: CannotSchedule for what is no share that Ray knows, and no number of GPUs."""
+    if not 0 <= gpus < math.inf:
+        raise CannotSchedule(f"--workers.gpus is {gpus:g}: give 0 or more")
+    if gpus > 1 and gpus % 1:
+        raise CannotSchedule(f"--workers.gpus is {gpus:g}: give a whole number, or a share below 1")
+    if 0 < gpus < _LEAST_SHARE:
+        raise CannotSchedule(f"--workers.gpus is {gpus:g}: give 0, or a share of at least {_LEAST_SHARE:g}")
+
+
+def _require_mark(option: str, on: str) -> None:
+    """Raises: CannotSchedule where it is no resource, or one of which Ray counts what each node has."""
+    if not on.strip() or on in _COUNTED:
+        raise CannotSchedule(
+            f"{option} is {on!r}: give a resource that marks some nodes, as accelerator_type:A10G or one that "
+            "cluster.yaml gives them; how many CPUs and GPUs each actor gets is said by --workers.cpus, --workers.gpus "
+            "and --decoders.cpus"
+        )
 
 
 @dataclass(frozen=True)
@@ -115,6 +150,11 @@ class Resources:
     def marks(self) -> dict[str, float]:
         """Of each Ray resource that marks its nodes, how much it asks for."""
         return {} if self.on is None else {self.on: _MARK}
+
+    def asked(self) -> str:
+        """What each asks for, in words."""
+        marked = f" and the resource {self.on!r}" if self.on else ""
+        return f"{self.cpus} CPUs and {self.gpus:g} GPUs{marked}"
 
     def room(self, node: dict[str, float]) -> int:
         """How many of them a node holds."""
@@ -145,22 +185,9 @@ def connected(address: str | None) -> Iterator[None]:
         return
     # Ray warns on stderr of every actor whose arguments lie in the object store; ours are plain data in the driver.
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
-    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     try:
-        if address is not None:
-            _require_answer(address)
-            ray.init(address=address, runtime_env=_runtime_env(), **quiet)
-        elif os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR"):
-            ray.init(**quiet)
-        else:
-            # Loopback only, no dashboard: a laptop's job opens no port to others.
-            ray.init(
-                address="local",
-                include_dashboard=False,
-                object_store_memory=OBJECT_STORE_BYTES,
-                runtime_env=_runtime_env(),
-                **quiet,
-            )
+        with interrupt.kept():
+            _connect(address)
     except ConnectionError as error:
         raise CannotSchedule(
             f"no Ray cluster answers at {address!r}: {error}; start one or leave --address out"
@@ -169,23 +196,36 @@ def connected(address: str | None) -> Iterator[None]:
         with nullcontext() if address is None else _watched(ray.get_runtime_context().gcs_address):
             yield
     finally:
-        ray.shutdown()
+        with interrupt.kept():
+            ray.shutdown()
+
+
+def _connect(address: str | None) -> None:
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    if address is not None:
+        _require_answer(address)
+        ray.init(address=address, runtime_env=_runtime_env(), **quiet)
+    elif os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR"):
+        ray.init(**quiet)
+    else:
+        # Loopback only, no dashboard: a laptop's job opens no port to others.
+        ray.init(
+            address="local",
+            include_dashboard=False,
+            object_store_memory=OBJECT_STORE_BYTES,
+            runtime_env=_runtime_env(),
+            **quiet,
+        )
 
 
 @contextmanager
-def _watched(head: str) -> Iterator[None]:
-    """Say so when the head of the cluster answers no more: Ray ends the process after a minute, without a word."""
+def _looking(seconds: float, look: Callable[[], None]) -> Iterator[None]:
+    """Call `look` every so many seconds, in a thread beside the block."""
     done = threading.Event()
 
     def watch() -> None:
-        silent = 0
-        while not done.wait(_HEAD_LOOK_SECONDS):
-            silent = 0 if _answers(head) else silent + 1
-            if silent == _HEAD_LOOKS:
-                say(
-                    f"the head of the Ray cluster at {head} does not answer any more: unless it does soon, Ray ends "
-                    "this job within a minute. What is done is kept: start a cluster and give the same command again"
-                )
+        while not done.wait(seconds):
+            look()
 
     thread = threading.Thread(target=watch, daemon=True)
     thread.start()
@@ -193,7 +233,56 @@ def _watched(head: str) -> Iterator[None]:
         yield
     finally:
         done.set()
-        thread.join()
+        thread.join(seconds)  # longer only while it waits for a head that is gone
+
+
+@contextmanager
+def _watched(head: str) -> Iterator[None]:
+    """Say so when the head of the cluster answers no more: Ray ends the process after a minute, without a word."""
+    silent = 0
+
+    def look() -> None:
+        nonlocal silent
+        silent = 0 if _answers(head) else silent + 1
+        if silent == _HEAD_LOOKS:
+            say(
+                f"the head of the Ray cluster at {head} does not answer any more: unless it does soon, Ray ends "
+                "this job within a minute. What is done is kept: start a cluster and give the same command again"
+            )
+
+    with _looking(_HEAD_LOOK_SECONDS, look):
+        yield
+
+
+@contextmanager
+def _room_watched(*needed: Resources, least: int = 1) -> Iterator[None]:
+    """Say so when the living nodes have no room any more for `least` workers of each kind, and when they have again.
+
+    Ray waits for a node for ever, without a word.
+    """
+    waiting = False
+
+    def look() -> None:
+        nonlocal waiting
+        try:
+            found = nodes()
+        except Exception:  # the head is gone, and _watched says so
+            return
+        rooms = [(sum(resources.room(node) for node in found), resources) for resources in needed]
+        short = [(room, resources) for room, resources in rooms if room < least]
+        if short and not waiting:
+            room, resources = short[0]
+            who = f"the living nodes can hold {room} of {least} workers" if room else "no living node can hold a worker"
+            say(
+                f"{who} any more: each needs {resources.asked()}; {_describe(found)}. What is done is kept, and this "
+                "job waits: it goes on when such a node comes. To stop it: Ctrl-C, and the same command later"
+            )
+        elif waiting and not short:
+            say("there is room for the workers again: this job goes on")
+        waiting = bool(short)
+
+    with _looking(_ROOM_LOOK_SECONDS, look):
+        yield
 
 
 def _answers(head: str) -> bool:
@@ -212,10 +301,15 @@ def _runtime_env() -> dict[str, Any]:
 
 
 def _require_answer(address: str) -> None:
-    """Ray itself would go on asking for minutes."""
-    match = re.fullmatch(r"(?:\w+://)?\[?([^\]/]+)\]?:(\d+)", address)
-    if match is None:
-        return  # "auto", or a name that Ray knows
+    """Ray itself would go on asking for minutes. Raises: CannotSchedule."""
+    if address in ("auto", "local"):
+        return
+    match = re.fullmatch(r"(?:ray://)?\[?([^\]/\s]+)\]?:(\d{1,5})", address)
+    if match is None or int(match[2]) > _LAST_PORT:
+        raise CannotSchedule(
+            f"--address is {address!r}: give HOST:PORT of the cluster's head (6379, if it was given no other port; "
+            "8265 is the dashboard's, for `ray job submit`), or auto for the cluster of this machine"
+        )
     try:
         socket.create_connection((match[1], int(match[2])), timeout=10).close()
     except OSError as error:
@@ -242,8 +336,7 @@ def resolve(workers: Workers) -> Resources:
     least = Resources(1, 1, gpus, workers.on)
     usable = [node for node in found if least.room(node)]
     if not usable:
-        marked = f" and the resource {workers.on!r}" if workers.on else ""
-        raise CannotSchedule(f"an actor needs at least 1 CPU and {gpus:g} GPUs{marked}; {_describe(found)}")
+        raise CannotSchedule(f"an actor needs at least {least.asked()}; {_describe(found)}")
     share = -(-workers.num // len(usable)) if workers.num else 1
     per_node = [max(share, _on_gpus(node, gpus)) if gpus else share for node in usable]
     cpus = workers.cpus or max(1, int(min(node["CPU"] // n for node, n in zip(usable, per_node, strict=True))))
@@ -330,8 +423,10 @@ def fit(
                 name="train", storage_path=scratch, failure_config=FailureConfig(max_failures=failures)
             ),
         )
+        # It would take Ctrl-C for itself, and wait for a controller that may be gone. Closing Ray ends the workers too.
+        trainer._register_sigint_handler = lambda controller: None
         try:
-            with _interruptible():
+            with _room_watched(resources, least=resources.num):
                 trainer.fit()
         except TrainingFailedError as error:
             raise TrainingFailed(_words(error)) from None
@@ -342,19 +437,6 @@ def _words(error: Exception) -> str:
     causes = [getattr(cause, "_base_exc", cause) for cause in getattr(error, "worker_failures", {}).values()]
     ours = [str(cause) for cause in causes if type(cause).__module__.partition(".")[0] in ("pipeline", "zfnet")]
     return ours[0] if ours else str(error)
-
-
-@contextmanager
-def _interruptible() -> Iterator[None]:
-    """Ctrl-C ends the block with KeyboardInterrupt: Ray Train takes the signal for itself, and leaves with status 0."""
-    before = signal.getsignal(signal.SIGINT)
-    try:
-        yield
-    except SystemExit:
-        raise KeyboardInterrupt from None
-    finally:
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGINT, before)
 
 
 def train_context() -> tuple[int, int, str]:
@@ -387,9 +469,10 @@ def map_parts(numbers: list[int], *stages: Stage) -> Generator[dict[str, Any], N
         dataset = _through(dataset, stage, len(numbers))
     # Not iter_rows(): the threads in which it reads ahead outlive an error, and one that asks Ray for something after
     # Ray's end ends the process, before the error is told.
-    for bundle in dataset.iter_internal_ref_bundles():
-        for block in bundle.blocks:
-            yield from BlockAccessor.for_block(ray.get(block.ref)).iter_rows(public_row_format=True)
+    with _room_watched(*(stage.resources for stage in stages)):
+        for bundle in dataset.iter_internal_ref_bundles():
+            for block in bundle.blocks:
+                yield from BlockAccessor.for_block(ray.get(block.ref)).iter_rows(public_row_format=True)
 
 
 def _through(dataset: ray.data.Dataset, stage: Stage, parts: int) -> ray.data.Dataset:
@@ -413,10 +496,11 @@ def in_tasks(do: Callable[[S], T], given: Iterable[S], on: str | None = None) ->
 
     Raises: what `do` raises; CannotSchedule where the workers of a task died several times.
     """
-    marks = Resources(0, 1, 0.0, on).marks
-    task, sent = ray.remote(_do).options(num_cpus=1, resources=marks), ray.put(do)
+    each = Resources(1, 1, 0.0, on)
+    task, sent = ray.remote(_do).options(num_cpus=1, resources=each.marks), ray.put(do)
     most = min(TASKS_AT_ONCE, 2 * int(ray.cluster_resources().get("CPU", 1)))
-    yield from _in_order(lambda one: task.remote(sent, one), _result, given, most)
+    with _room_watched(each):
+        yield from _in_order(lambda one: task.remote(sent, one), _result, given, most)
 
 
 def in_threads(do: Callable[[S], T], given: Iterable[S], at_once: int) -> Iterator[T]:

@@ -1,21 +1,23 @@
 """How a job talks to the shell: options from dataclasses, a help that fits a screen, messages instead of stacks.
 
 0: done. 1: refused or failed, with a message. 2: the command line is wrong. 3: done, but more samples were skipped
-than allowed. 4: another process is at work on the same. 130: interrupted; the same command goes on where it stopped.
+than allowed. 4: another process is at work on the same. 130: interrupted by Ctrl-C; 143: ended by SIGTERM; after both
+the same command goes on where it stopped.
 """
 
 from __future__ import annotations
 
+from pipeline import interrupt
+
+# isort: split
+# First, so that signals are met while all that follows is imported.
 import argparse
-import os
 import re
-import shlex
 import shutil
 import sys
 import textwrap
 import warnings
 from collections.abc import Callable
-from types import TracebackType
 
 import tyro
 
@@ -24,6 +26,12 @@ EXIT_HELD = 4
 
 FLAT = tyro.conf.arg(name="")
 """Marks an argument of a job whose fields become options without a prefix."""
+
+POSITIONAL = tyro.conf.Positional
+"""Marks an argument of a job that is given without a name."""
+
+subcommand = tyro.conf.subcommand
+"""Names one of the commands of a job that has several."""
 
 
 def run(main: Callable[..., int | None], description: str | None) -> int:
@@ -39,9 +47,10 @@ def run(main: Callable[..., int | None], description: str | None) -> int:
             return 0
         arguments = ["--help-verbose" if given in ("-h", "--help") else given for given in arguments]
     try:
-        status = tyro.cli(main, description=description, args=arguments, compact_help=True) or 0
-        say_suggestion()
-        return status
+        with interrupt.raised():
+            status = tyro.cli(main, description=description, args=arguments, compact_help=True) or 0
+            say_suggestion()
+            return status
     except FORESEEN as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -49,8 +58,7 @@ def run(main: Callable[..., int | None], description: str | None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_HELD
     except KeyboardInterrupt:
-        _say_how_to_go_on()
-        return 130
+        interrupt.leave()
 
 
 def _screen(main: Callable[..., int | None], description: str | None) -> str | None:
@@ -89,20 +97,3 @@ def _in_a_line(text: str, room: int) -> str:
         end = ""
     sentence = re.split(r"(?<=\.) ", text.strip())[0]
     return textwrap.shorten(sentence, max(_SHORTEST_TEXT, room - len(end)), placeholder=" ...") + end
-
-
-def _say_how_to_go_on() -> None:
-    again = shlex.join([sys.executable, *sys.argv])
-    print(f"\ninterrupted; what is done is kept. To go on: {again}", file=sys.stderr)
-
-
-def _without_a_stack(kind: type[BaseException], error: BaseException, stack: TracebackType | None) -> None:
-    if issubclass(kind, KeyboardInterrupt):
-        _say_how_to_go_on()
-        os._exit(130)  # a half-imported library may hang or print more while it is taken down
-    else:
-        sys.__excepthook__(kind, error, stack)
-
-
-# A job imports torch and Ray for seconds before it runs; Ctrl-C is met there too.
-sys.excepthook = _without_a_stack

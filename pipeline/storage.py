@@ -60,14 +60,19 @@ class Location:
     def of(cls, path: str | os.PathLike[str] | Location) -> Location:
         """A location from a path or URL. Relative paths are taken from $ZFNET_HOME where it is set.
 
-        Raises: StorageError for an unknown scheme, or a relative path in a packaged Ray working directory.
+        Raises: StorageError for an empty path, a URL without a bucket or of an unknown scheme, or a relative path in a
+            packaged Ray working directory.
         """
         if isinstance(path, Location):
             return path
         text = os.fspath(path)
+        if not text.strip():
+            raise StorageError(
+                f"the path {text!r} is empty: give a local path, s3:// or gs://; . is the current folder"
+            )
         if "://" in text:
             address, _, query = text.partition("?")
-            return cls(*_connect(address.rstrip("/"), query), query)
+            return cls(*_connect(address, query), query)
         home = os.environ.get("ZFNET_HOME", "")
         if "://" in home and not Path(text).expanduser().is_absolute():
             return cls.of(home) / text
@@ -369,6 +374,9 @@ def _connect(address: str, query: str) -> tuple[pafs.FileSystem, str]:
         if scheme not in ("s3", "gs", "gcs"):
             filesystem, path = pafs.FileSystem.from_uri(shown)
             return filesystem, path
+        path = path.rstrip("/")
+        if not path or path.startswith("/"):
+            raise ValueError(f"it names no bucket, as {scheme}://bucket/folder does")
         told = {name: value for name, value in os.environ.items() if name.startswith(_VARIABLES)}
         return _client(f"{scheme}://{path.partition('/')[0]}", query, tuple(told.items())), str(PurePosixPath(path))
     except (pa.ArrowInvalid, OSError, ValueError) as error:

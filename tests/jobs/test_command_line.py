@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import struct
@@ -9,13 +10,17 @@ import subprocess
 import sys
 import time
 import zlib
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 
+from pipeline import cluster
+from pipeline.cluster import CannotSchedule
 from pipeline.indexing import index_shards
 from pipeline.runs import Run
 from tests.conftest import CLASSES, ROOT, jpeg, random_model, samples
@@ -110,6 +115,9 @@ def refused(done: Done, *words: str) -> None:
         ("train", ("--epochs", "many"), ("many", "--epochs")),
         ("train", ("--schedule", "nope"), ("nope", "cosine", "plateau")),
         ("top9", ("--workers.num", "-1"), ("--workers.num is -1: give at least 0",)),
+        ("top9", ("--workers.gpus", "nan"), ("--workers.gpus is nan: give 0 or more",)),
+        ("train", ("--workers.on", "CPU"), ("--workers.on is 'CPU': give a", "accelerator_type")),
+        ("top9", ("--decoders.on", "GPU"), ("--decoders.on is 'GPU': give a", "accelerator_type")),
         ("shards", ("rendered", "--samples-per-shard", "0"), ("--samples-per-shard is 0: give at least 1",)),
         ("shards", ("rendered", "--seed", "-1"), ("--seed is -1: give 0 or more",)),
         ("shards", (), ("rendered, scenes, imagefolder, torchvision, ilsvrc2012", "index")),
@@ -266,6 +274,17 @@ def test_an_evolution_of_a_training_at_the_shell(world, tmp_path):
 def test_a_run_that_cannot_be_written_is_refused_by_training(world, place):
     done = shell.run("train", "--run", place, "--data", "data", *TRAIN, cwd=world)
     refused(done, "cannot write in", place, "choose a folder that can be written")
+
+
+@pytest.mark.parametrize("address", ["foo", "foo:99999", "http://127.0.0.1:8265", "", "127.0.0.1", "a b:1"])
+def test_an_address_that_is_none_is_refused(address):
+    with pytest.raises(CannotSchedule, match=f"--address is {address!r}: give HOST:PORT of the cluster's head"):
+        cluster._require_answer(address)
+
+
+def test_an_address_that_is_none_is_refused_by_a_job(world, run):
+    job = ("top9", "--run", run, "--data", world / "data", *SWEEPS["top9"])
+    refused(shell.run(*job, "--address", "foo"), "--address is 'foo'", "give HOST:PORT", "auto")
 
 
 @pytest.mark.parametrize("job", ["top9", "occlusion"])
@@ -524,7 +543,7 @@ def test_bad_files_in_a_folder_go_into_the_shards_and_are_skipped_later(run, tmp
 # ----------------------------------------------------------------------------------------------------------- interrupt
 
 
-def start(job: str, *arguments: object, cwd: Path = ROOT) -> subprocess.Popen:
+def start(job: str, *arguments: object, cwd: Path = ROOT, **how: Any) -> subprocess.Popen:
     return subprocess.Popen(
         [sys.executable, str(ROOT / "jobs" / f"{job}.py"), *map(str, arguments)],
         cwd=cwd,
@@ -532,38 +551,53 @@ def start(job: str, *arguments: object, cwd: Path = ROOT) -> subprocess.Popen:
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        **how,
     )
 
 
 INTERRUPTED_SECONDS = 20.0
-"""After Ctrl-C a job has ended; docs/reliability.md says so."""
+"""After Ctrl-C or SIGTERM a job has ended; docs/reliability.md says so."""
+SIGNALS = [signal.SIGINT, signal.SIGTERM]
+WORDS = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}
 
 
-def interrupt_when(process: subprocess.Popen, ready) -> tuple[str, str]:
-    """Send SIGINT to the whole process group, as a terminal does; returns what it said."""
+def ended(process: subprocess.Popen, number: signal.Signals) -> str:
+    """Send Ctrl-C to the whole process group, as a terminal does, or SIGTERM twice, as `timeout` does; returns what the
+    job said on stderr."""
+    began = time.monotonic()
+    if number == signal.SIGINT:
+        os.killpg(process.pid, number)
+    else:
+        os.kill(process.pid, number)
+        time.sleep(0.01)
+        os.kill(process.pid, number)
+    out, err = process.communicate(timeout=60)
+    print(f"it ended {time.monotonic() - began:.1f} s after {number.name}")
+    assert time.monotonic() - began < INTERRUPTED_SECONDS
+    assert process.returncode == 128 + number, out + err
+    assert not re.search("Traceback|SIGTERM received|Exception ignored|core dumped", out + err), out + err
+    assert err.count(f"{WORDS[number]}; what is done is kept. To go on: ") == 1, out + err
+    return err
+
+
+def wait_for(process: subprocess.Popen, ready: Callable[[], bool]) -> None:
     deadline = time.monotonic() + 60
     while not ready() and process.poll() is None:
         assert time.monotonic() < deadline
         time.sleep(0.005)
-    assert process.poll() is None, "it was finished before the interrupt"
-    began = time.monotonic()
-    os.killpg(process.pid, signal.SIGINT)
-    said = process.communicate(timeout=60)
-    print(f"it ended {time.monotonic() - began:.1f} s after Ctrl-C")
-    assert time.monotonic() - began < INTERRUPTED_SECONDS
-    return said
+    assert process.poll() is None, "it was finished before the signal"
 
 
 SLOW_SWEEP = ("--part-size", "1", "--first", "10", "--stride-px", "4")
 
 
-def check_interrupted(run: Path, data: Path, *workers: str) -> None:
-    """Ctrl-C in the middle of a sweep, then the command that the message gives."""
+def check_ended(run: Path, data: Path, number: signal.Signals, *workers: str) -> None:
+    """A signal in the middle of a sweep, then the command that the message gives."""
     process = start("occlusion", "--run", run, "--data", data, *SLOW_SWEEP, *workers, cwd=run)
-    out, err = interrupt_when(process, lambda: len(list(run.glob("unfinished/occlusion/*/parts/part-*"))) >= 2)
-    assert process.returncode == 130, out + err
-    assert "Traceback" not in out + err
-    assert "interrupted; what is done is kept. To go on: " in err
+    wait_for(process, lambda: len(list(run.glob("unfinished/occlusion/*/parts/part-*"))) >= 2)
+    assert list(run.glob("unfinished/occlusion/*/lease.json"))
+    err = ended(process, number)
+    assert not list(run.glob("unfinished/occlusion/*/lease.json")), "it is given back"
     assert not (run / "results" / "manifests" / "occlusion").exists()
     command = err.partition("To go on: ")[2].splitlines()[0]
     done = subprocess.run(command, shell=True, check=False, capture_output=True, text=True, timeout=120)
@@ -572,30 +606,52 @@ def check_interrupted(run: Path, data: Path, *workers: str) -> None:
     assert "10 of 10 parts to do" not in done.stdout
 
 
-def test_ctrl_c_in_a_sweep_says_how_to_go_on_and_the_command_finishes_it(world, run, tmp_path):
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_sweep_that_is_ended_says_how_to_go_on_and_the_command_finishes_it(world, run, tmp_path, number):
     whole = Path(shutil.copytree(run, tmp_path / "whole"))
-    check_interrupted(run, world / "data", *ALONE)
+    check_ended(run, world / "data", number, *ALONE)
     sound(shell.run("occlusion", "--run", whole, "--data", world / "data", *SLOW_SWEEP, *ALONE))
     assert_same(whole, run, "occlusion")
 
 
 @pytest.mark.slow
-def test_ctrl_c_in_a_sweep_on_ray_says_how_to_go_on(world, run):
-    check_interrupted(run, world / "data")
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_sweep_on_ray_that_is_ended_says_how_to_go_on(world, run, number):
+    check_ended(run, world / "data", number)
 
 
 @pytest.mark.slow
-def test_ctrl_c_in_training_says_how_to_go_on(world, tmp_path):
-    process = start("train", "--run", tmp_path, "--data", world / "data", *TRAIN, "--epochs", "500")
-    out, err = interrupt_when(process, (tmp_path / "checkpoints" / "epoch-0002" / "manifest.json").exists)
-    assert process.returncode == 130, out + err
-    assert "Traceback" not in out + err
-    assert "To go on: " in err
-    assert "--epochs 500" in err
+@pytest.mark.parametrize("workers", [ALONE, ("--workers.num", "1")])
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_training_that_is_ended_says_how_to_go_on(world, tmp_path, number, workers):
+    options = ("--batch", "8", "--decoders", "0", "--epochs", "500", *workers)
+    process = start("train", "--run", tmp_path, "--data", world / "data", *options)
+    wait_for(process, (tmp_path / "checkpoints" / "epoch-0002" / "manifest.json").exists)
+    assert "--epochs 500" in ended(process, number)
+    assert not (tmp_path / "unfinished" / "train" / "lease.json").exists()
 
 
-def test_ctrl_c_while_a_job_starts_shows_no_stack(world):
+@pytest.mark.parametrize("after", [0.04, 0.1, 0.2, 0.6])
+@pytest.mark.parametrize("number", SIGNALS)
+@pytest.mark.parametrize("job", ["top9", "shards"])
+def test_a_job_that_is_ended_while_it_starts_shows_no_stack(world, job, number, after):
+    """What takes long to import comes after what meets the signals."""
+    process = start(job, *(("index", "nothing-*") if job == "shards" else ("--run", world / "none")))
+    time.sleep(after)
+    ended(process, number)
+
+
+def test_a_signal_while_libraries_are_imported_is_not_lost_in_them(world):
     process = start("top9", "--run", world / "none", "--data", world / "data")
-    out, err = interrupt_when(process, lambda: "libtorch" in Path(f"/proc/{process.pid}/maps").read_text())
-    assert "Traceback" not in out + err
-    assert process.returncode in (130, -signal.SIGINT)
+    wait_for(process, lambda: "libtorch" in Path(f"/proc/{process.pid}/maps").read_text())
+    ended(process, signal.SIGINT)
+
+
+def test_ctrl_c_that_the_shell_has_ignored_stays_ignored(world):
+    """nohup does so with SIGHUP, a script with SIGINT for what it starts in the background."""
+    process = start("status", world / "none", preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN))
+    time.sleep(0.2)
+    os.kill(process.pid, signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 1, out + err
+    assert "error: " in err

@@ -226,8 +226,12 @@ def test_a_stopped_job_ends_with_its_workers_and_the_same_command_goes_on(head, 
     stopped = ray_job(head, "stop", "to-stop")
     assert stopped.returncode == 0, stopped.stdout
     assert "'to-stop' was stopped" in ray_job(head, "status", "to-stop").stdout
-    assert "60 images, 60 of 60 parts to do" in ray_job(head, "logs", "to-stop").stdout
+    said = ray_job(head, "logs", "to-stop").stdout
+    assert "60 images, 60 of 60 parts to do" in said
+    assert "terminated; what is done is kept. To go on: " in said
+    assert "SIGTERM received" not in said
     assert drivers(run) == []
+    assert not list(run.glob("unfinished/occlusion/*/lease.json")), "it is given back"
     time.sleep(2)  # what was under way is committed, or lost with its worker
     left = parts()
     time.sleep(3)

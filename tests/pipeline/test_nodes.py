@@ -5,6 +5,7 @@ CPU (--device cpu).
 """
 
 import json
+import math
 from collections import Counter
 
 import pandas as pd
@@ -69,7 +70,7 @@ def test_what_an_actor_gets(nodes, workers, found, expected):
     ("workers", "found", "message"),
     [
         (Workers(num=7, gpus=0.4, cpus=1), [{"CPU": 64, "GPU": 3}], "7 workers of 1 CPUs and 0.4 GPUs .+ 6 fit"),
-        (Workers(on="big"), [CPU_NODE], "at least 1 CPU and 0 GPUs and the resource 'big'; the cluster has 1 nodes"),
+        (Workers(on="big"), [CPU_NODE], "at least 1 CPUs and 0 GPUs and the resource 'big'; the cluster has 1 nodes"),
     ],
 )
 def test_what_never_fits_is_refused(nodes, workers, found, message):
@@ -78,9 +79,35 @@ def test_what_never_fits_is_refused(nodes, workers, found, message):
         cluster.resolve(workers)
 
 
-def test_half_of_the_second_gpu_is_refused():
-    with pytest.raises(CannotSchedule, match=r"--workers.gpus is 1.5: give a whole number, or a share below 1"):
-        Workers(gpus=1.5)
+@pytest.mark.parametrize(
+    ("gpus", "message"),
+    [
+        (1.5, "1.5: give a whole number, or a share below 1"),
+        (1e-9, "1e-09: give 0, or a share of at least 0.0001"),
+        *((gpus, f"{gpus:g}: give 0 or more") for gpus in (-1.0, math.nan, math.inf, -math.inf)),
+    ],
+)
+def test_what_is_no_number_or_share_of_gpus_is_refused(gpus, message):
+    with pytest.raises(CannotSchedule, match=f"--workers.gpus is {message}"):
+        Workers(gpus=gpus)
+
+
+@pytest.mark.parametrize("on", ["CPU", "GPU", "memory", "object_store_memory", "", " "])
+@pytest.mark.parametrize("kind", [Workers, Decoders])
+def test_a_resource_that_marks_no_nodes_is_refused(kind, on):
+    with pytest.raises(CannotSchedule, match=f"--{kind.__name__.lower()}.on is '{on}': give a resource that marks"):
+        kind(on=on)
+
+
+@pytest.mark.parametrize("num", [10**6, 10**30])
+def test_more_than_there_is_room_for_is_refused(nodes, num):
+    nodes(GPU_NODE, CPU_NODE)
+    for workers in (Workers(num=num, gpus=0), Workers(num=num), Workers(cpus=num), Workers(gpus=num)):
+        with pytest.raises(CannotSchedule, match="the cluster has 2 nodes"):
+            cluster.resolve(workers)
+    for decoders in (Decoders(num=num), Decoders(num=1, cpus=num)):
+        with pytest.raises(CannotSchedule, match="the cluster has 2 nodes"):
+            cluster.resolve_decoders(decoders, Resources(1, 1, 1.0))
 
 
 @pytest.mark.parametrize(

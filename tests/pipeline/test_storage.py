@@ -235,6 +235,19 @@ def test_an_unknown_scheme_is_refused_with_those_there_are(url):
         Location.of(url)
 
 
+@pytest.mark.parametrize("empty", ["", "  "])
+def test_an_empty_path_is_not_the_current_folder(empty):
+    with pytest.raises(StorageError, match=rf"the path '{empty}' is empty: give a local path, s3:// or gs://; \."):
+        Location.of(empty)
+
+
+@pytest.mark.parametrize("url", ["s3://", "s3:///", "s3:///folder", "s3://?region=eu-west-1", "gs://", "gcs:///x"])
+def test_a_url_without_a_bucket_is_refused(url):
+    scheme = url.partition(":")[0]
+    with pytest.raises(StorageError, match=rf"cannot use '.+ names no bucket, as {scheme}://bucket/folder"):
+        Location.of(url)
+
+
 def test_a_location_names_itself_as_it_was_given(tmp_path):
     assert str(Location.of(str(tmp_path)) / "a") == f"{tmp_path}/a"
     s3 = pafs.S3FileSystem(anonymous=True, region="us-east-1")
