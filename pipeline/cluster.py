@@ -436,7 +436,9 @@ def _words(error: Exception) -> str:
     """What failed on the workers: an error of ours in its own words, any other with the workers' stacks."""
     causes = [getattr(cause, "_base_exc", cause) for cause in getattr(error, "worker_failures", {}).values()]
     ours = [str(cause) for cause in causes if type(cause).__module__.partition(".")[0] in ("pipeline", "zfnet")]
-    return ours[0] if ours else str(error)
+    if ours:
+        return ours[0]
+    return f"{error}\nThe same command goes on from the last checkpoint; --failures says how many deaths a call makes good"
 
 
 def train_context() -> tuple[int, int, str]:

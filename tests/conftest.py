@@ -95,20 +95,26 @@ def make_run(tmp_path):
 
 
 @pytest.fixture(scope="session")
-def ray_cluster():
-    """One local cluster for all tests that need Ray; never one that lies about from elsewhere."""
+def _ray_ended():
+    yield
+    if ray := sys.modules.get("ray"):
+        ray.shutdown()
+
+
+@pytest.fixture
+def ray_cluster(_ray_ended):
+    """One local cluster for all tests that need Ray, unless one in between ended it; never one from elsewhere."""
     import ray
 
-    ray.init(
-        address="local",
-        num_cpus=4,
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level="ERROR",
-        object_store_memory=256 * 2**20,
-    )
-    yield
-    ray.shutdown()
+    if not ray.is_initialized():
+        ray.init(
+            address="local",
+            num_cpus=4,
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level="ERROR",
+            object_store_memory=256 * 2**20,
+        )
 
 
 def load_index(folder: Path) -> Index:
