@@ -438,7 +438,7 @@ def _words(error: Exception) -> str:
     ours = [str(cause) for cause in causes if type(cause).__module__.partition(".")[0] in ("pipeline", "zfnet")]
     if ours:
         return ours[0]
-    return f"{error}\nThe same command goes on from the last checkpoint; --failures says how many deaths a call makes good"
+    return f"{error}\nThe same command goes on from the last checkpoint; --failures: how many deaths a call makes good"
 
 
 def train_context() -> tuple[int, int, str]:
