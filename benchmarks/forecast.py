@@ -41,7 +41,7 @@ MAPS = {"zfnet": 1376, "zfnet_small": 320}
 NODE_CORES = 16
 NODES = (1, 10, 100)
 FOLDED = 10_000
-FOLD_SECONDS = {"in_one_process": (50.7, 84.7), "in_tasks_on_two_cores": (41.2, 73.2)}
+FOLD_SECONDS = {"in_one_process": (47.1, 48.3), "in_tasks_on_two_cores": (36.2, 36.7)}
 """The least and the most that FOLDED parts took: docs/performance.md."""
 PART = 256
 
