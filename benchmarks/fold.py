@@ -15,7 +15,6 @@ import contextlib
 import hashlib
 import io
 import json
-import multiprocessing
 import shutil
 import statistics
 import tempfile
@@ -29,6 +28,7 @@ import pyarrow.parquet as pq
 import webdataset as wds
 from PIL import Image
 
+from benchmarks.parts import alone
 from pipeline import sweep
 from pipeline.analyses import top9
 from pipeline.cluster import Workers
@@ -129,12 +129,6 @@ def tables(folder: Path) -> str:
                     for buffer in column.buffers():
                         digest.update(b"" if buffer is None else buffer.to_pybytes())
     return digest.hexdigest()[:16]
-
-
-def alone(do: Any, *arguments: Any) -> Any:
-    """The result of a call in a process of its own."""
-    with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as processes:
-        return processes.apply(do, arguments)
 
 
 def main() -> None:

@@ -22,10 +22,10 @@ import resource
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pipeline import sweep
 from pipeline.analyses import top9
@@ -33,6 +33,7 @@ from pipeline.cluster import Workers
 from pipeline.context import Options
 
 ARCHITECTURE = "zfnet_small"
+T = TypeVar("T")
 
 
 class Resident(threading.Thread):
@@ -94,12 +95,17 @@ def driven(folder: Path, parts: int, images: int) -> dict[str, Any]:
     }
 
 
+def alone(do: Callable[..., T], *arguments: Any) -> T:
+    """The result of a call in a process of its own."""
+    with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as processes:
+        return processes.apply(do, arguments)
+
+
 def measured(parts: int, images: int) -> dict[str, Any]:
     """The same in a process of its own."""
-    processes = multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1)
-    with tempfile.TemporaryDirectory() as name, processes:
-        processes.apply(prepare, [Path(name), images])
-        found: dict[str, Any] = processes.apply(driven, [Path(name), parts, images])
+    with tempfile.TemporaryDirectory() as name:
+        alone(prepare, Path(name), images)
+        found = alone(driven, Path(name), parts, images)
     print(f"{parts} parts of {images} images: {found}", flush=True)
     return found
 

@@ -17,6 +17,7 @@ import pyarrow as pa
 from pipeline import lease, tables
 from pipeline.progress import say, suggest
 from pipeline.runs import Model, Run, RunError, clear, environment, named, require_name, runs_model
+from pipeline.storage import Location
 from zfnet.graph import Graph
 from zfnet.tracing import trace
 
@@ -109,8 +110,9 @@ def run(analysis: Derivation, options: Options, config: Any) -> int:
     wanted = {slice_: _fingerprint(analysis, context, slice_) for slice_ in analysis.slices(context)}
     missing = run_.missing(table, wanted)
     if missing or run_.unfinished(table).exists():
-        with lease.held(run_.turn(table), run_.unfinished(table) / "derived", table, in_turn=True):
-            _make(analysis, context, wanted)
+        staging = run_.unfinished(table) / "derived"
+        with lease.held(run_.turn(table), staging, table, in_turn=True):
+            _make(analysis, context, wanted, staging)
             clear(run_.unfinished(table))
     done = f"finished in {time.time() - started:.1f} s: " if missing else "finished already, in "
     say(f"{table}: {done}{run_.results(table)}")
@@ -118,9 +120,9 @@ def run(analysis: Derivation, options: Options, config: Any) -> int:
     return 0
 
 
-def _make(analysis: Derivation, context: Context, wanted: dict[str, dict[str, Any]]) -> None:
+def _make(analysis: Derivation, context: Context, wanted: dict[str, dict[str, Any]], staging: Location) -> None:
     """Write the slices that are missing now, when nobody else writes this table's."""
-    run_, table, staging = context.run, context.table, context.run.unfinished(context.table) / "derived"
+    run_, table = context.run, context.table
     for slice_ in run_.missing(table, wanted):
         begun = time.time()
         rows = tables.write_stream(analysis.make(context, slice_), analysis.schema, run_.slice(table, slice_), staging)

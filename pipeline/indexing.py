@@ -46,8 +46,7 @@ def scan(location: Location) -> Scan:
     rows: list[dict[str, Any]] = []
     try:
         with _at_hand(location) as file:
-            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-            size = file.tell()
+            size, sha256 = _identity(file)
             file.seek(0)
             damage = _walk(file, size, rows)
     except FileNotFoundError:
@@ -68,9 +67,9 @@ def check(index: Index) -> None:
     for file, expected in index.identities.items():
         try:
             with _at_hand(index.folder / file) as opened:
-                found = hashlib.file_digest(opened, "sha256").hexdigest()
-                if (opened.tell(), found) != expected:
-                    changed.append(f"{file} was changed ({expected[0]} bytes then, {opened.tell()} now)")
+                found = _identity(opened)
+            if found != expected:
+                changed.append(f"{file} was changed ({expected[0]} bytes then, {found[0]} now)")
         except FileNotFoundError:
             changed.append(f"{file} is gone")
         except OSError as error:
@@ -81,6 +80,12 @@ def check(index: Index) -> None:
             f"{'; '.join(changed[:_NAMED])}{'; ...' if len(changed) > _NAMED else ''}. Bring them back, or make the "
             "index again: tables of the old ones are then tables of other images"
         )
+
+
+def _identity(file: Any) -> tuple[int, str]:
+    """Bytes and sha256 of a file from here on to its end, where it stands then."""
+    sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    return file.tell(), sha256
 
 
 @contextmanager

@@ -178,24 +178,19 @@ class Run:
 
     def manifest(self, table: str) -> dict[str, Any]:
         """Finished slices of a table by name, with what made them; empty where none is finished."""
-        found = {}
-        for name in self._manifests(table).names():
-            location = self._manifests(table) / name
-            try:
-                entry = json.loads(location.read())
-                found[str(entry["slice"])] = entry
-            except (ValueError, KeyError, TypeError) as error:
-                raise RunError(f"{location} is damaged ({error!r}): delete it and run the job again") from None
-        return found
+        folder = self._manifests(table)
+        return dict(_entry(folder / name) for name in folder.names())
 
     def finish(self, table: str, slice_: str, entry: dict[str, Any], staging: Location) -> None:
         """Write a slice's manifest: the last step. One file a slice, so that jobs side by side lose nothing.
 
         Raises: RunError where it is finished with another configuration.
         """
-        self.missing(table, {slice_: entry.get("fingerprint", {})})
-        text = json.dumps({"table": table, "slice": slice_, **entry}, indent=1)
-        (self._manifests(table) / f"{file_stem(slice_)}.json").write(text.encode(), staging)
+        manifest = self._manifests(table) / f"{file_stem(slice_)}.json"
+        if manifest.exists():
+            _, known = _entry(manifest)
+            _refuse_difference(self.results(table), slice_, known.get("fingerprint", {}), entry.get("fingerprint", {}))
+        manifest.write(json.dumps({"table": table, "slice": slice_, **entry}, indent=1).encode(), staging)
 
     def missing(self, table: str, wanted: dict[str, dict[str, Any]]) -> list[str]:
         """The slices that are not finished.
@@ -229,6 +224,15 @@ class Run:
 def runs_model(run: Run, config: Any) -> Model:
     """The network of most analyses: the run's, whatever the configuration. Raises: RunError where there is none."""
     return run.load_model()
+
+
+def _entry(manifest: Location) -> tuple[str, dict[str, Any]]:
+    """A slice, and what its manifest says of it. Raises: RunError where that is damaged."""
+    try:
+        entry = json.loads(manifest.read())
+        return str(entry["slice"]), entry
+    except (ValueError, KeyError, TypeError) as error:
+        raise RunError(f"{manifest} is damaged ({error!r}): delete it and run the job again") from None
 
 
 def _refuse_difference(table: Location, name: str, known: dict[str, Any], asked: dict[str, Any]) -> None:

@@ -27,7 +27,7 @@ from pipeline.errors import FORESEEN, SweepFailed
 from pipeline.loop import Plan, Trainer, describe
 from pipeline.plan_training import forecast
 from pipeline.progress import EXIT_SKIPPED, bar, clock, say, suggest
-from pipeline.runs import Run, RunError, clear, require_visible
+from pipeline.runs import LEASE, Run, RunError, clear, require_visible
 from pipeline.sources.default import DEFAULT, shards_or_default
 from pipeline.storage import Location
 from pipeline.stream import labelled
@@ -147,7 +147,7 @@ def carry_out(
         say(f"{label}: finished already: {directory.location}")
     else:
         _claim(directory, plan)
-        with lease.held(directory.training / "lease.json", directory.training, label):
+        with lease.held(directory.training / LEASE, directory.training, label):
             if not _is_finished(directory, plan):
                 _train(options, plan, trainer, tell or _told, label)
     clear(directory.training)

@@ -81,8 +81,11 @@ class Options:
 
     def places(self) -> train.Options:
         """What decides no result."""
-        names = ("run", "data", "index", "address", "max_skipped", "decoders", "checkpoint_steps", "failures")
-        return train.Options(**{name: getattr(self, name) for name in (*names, "workers", "plan")})
+        names = (
+            *("run", "data", "index", "address", "max_skipped", "decoders", "checkpoint_steps", "failures"),
+            *("workers", "plan"),
+        )
+        return train.Options(**{name: getattr(self, name) for name in names})
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -126,7 +126,7 @@ class Work:
 
     def part(self, number: int) -> Location:
         """Where a part's rows are committed."""
-        return self.location / "parts" / f"part-{number:06d}.parquet"
+        return self.location / "parts" / f"{_stem(number)}.parquet"
 
     @property
     def committed(self) -> list[Location]:
@@ -139,7 +139,7 @@ class Work:
         return [number for number in range(len(self.parts)) if self.part(number).name not in done]
 
     def _attempts(self, number: int) -> Location:
-        return self.location / self.attempts / f"part-{number:06d}"
+        return self.location / self.attempts / _stem(number)
 
     def begun(self) -> set[int]:
         """Numbers of the parts that were ever started."""
@@ -167,7 +167,7 @@ class Work:
         return attempt
 
     def _given_up(self, number: int) -> Location:
-        return self.location / "given_up" / f"part-{number:06d}.json"
+        return self.location / "given_up" / f"{_stem(number)}.json"
 
     def give_up(self, number: int, why: str) -> None:
         """Note that a part is not to be tried any more."""
@@ -189,7 +189,7 @@ class Work:
     def commit(self, number: int, table: pa.Table, skipped: list[Skipped], device: str, seconds: float) -> None:
         """Commit a part: when it was done first, then rows, skipped samples and identity in one file, atomically."""
         when = json.dumps({"seconds": seconds, "skipped": len(skipped)})
-        (self.location / "account" / f"part-{number:06d}.json").write(when.encode())
+        self._when(number).write(when.encode())
         identity = {
             "samples": digest(self.parts[number]),
             "skipped": [[s.shard, s.key, s.reason, s.detail] for s in skipped],
@@ -234,8 +234,11 @@ class Work:
         rows = [{**work, **row} for row in self._of_each_part(self._account_of)]
         return tables.conform({name: [row[name] for row in rows] for name in tables.ACCOUNT.names}, tables.ACCOUNT)
 
+    def _when(self, number: int) -> Location:
+        return self.location / "account" / f"{_stem(number)}.json"
+
     def _account_of(self, number: int) -> dict[str, Any]:
-        file = self.location / "account" / f"part-{number:06d}.json"
+        file = self._when(number)
         when = _dictionary(file, file.read_json() if file.exists() else None, self.location, "seconds", "skipped")
         attempts = self.starts(number)
         return {"part": number, "samples": self.parts[number].num_rows, "attempts": attempts, **when}
@@ -243,6 +246,11 @@ class Work:
     def _of_each_part(self, look: Callable[[int], T]) -> Iterator[T]:
         """What `look` sees of every part, in order; some at once, because a bucket takes a while for each answer."""
         return in_threads(look, range(len(self.parts)), _LOOKS_AT_ONCE)
+
+
+def _stem(number: int) -> str:
+    """What the files of a part are called."""
+    return f"part-{number:06d}"
 
 
 def _of_parts(folder: Location) -> dict[int, Location]:
@@ -294,19 +302,23 @@ def begun(context: Context, analysis: Analysis, missing: list[str]) -> list[str]
 
     A crash between two manifests leaves work of which some slices are finished: its parts still serve the others.
     """
-    for known in _works(context).values():
+    works = _works(context)
+    manifests = _manifests(context, analysis) if works else []
+    for known in works.values():
         alike = all(fingerprint(context, analysis, slice_) == made for slice_, made in known.items())
-        if alike and sorted(_unfinished(context, analysis.written(context), known)) == sorted(missing):
+        if alike and sorted(_unfinished(manifests, known)) == sorted(missing):
             return sorted(known)
     return None
 
 
 def clear_finished(context: Context, analysis: Analysis) -> None:
     """Delete the work whose slices are all finished, what a crash left of such, and what can be finished no more."""
-    folder = context.run.unfinished(context.table)
-    for name, known in _works(context).items():
-        over = _all_finished(context, analysis.written(context), known) and not (folder / name / LEASE).exists()
-        if over or not _unfinished(context, analysis.written(context), known):
+    folder, works = context.run.unfinished(context.table), _works(context)
+    manifests = _manifests(context, analysis) if works else []
+    for name, known in works.items():
+        # With other options, by another call: this work can be finished no more. Who is at it still finds that out.
+        over = all(known.keys() <= manifest.keys() for manifest in manifests)
+        if not _unfinished(manifests, known) or (over and not (folder / name / LEASE).exists()):
             clear(folder / name)
     if folder.exists() and not folder.names():
         clear(folder)
@@ -322,14 +334,13 @@ def _works(context: Context) -> dict[str, dict[str, dict[str, Any]]]:
     }
 
 
-def _all_finished(context: Context, tables_: tuple[str, ...], known: dict[str, dict[str, Any]]) -> bool:
-    """Whether all slices are finished in each of these tables, by this work or with other options by another."""
-    return all(known.keys() <= context.run.manifest(context.named(table)).keys() for table in tables_)
+def _manifests(context: Context, analysis: Analysis) -> list[dict[str, Any]]:
+    """The finished slices of each table that the analysis writes."""
+    return [context.run.manifest(context.named(table)) for table in analysis.written(context)]
 
 
-def _unfinished(context: Context, tables_: tuple[str, ...], known: dict[str, dict[str, Any]]) -> list[str]:
+def _unfinished(manifests: list[dict[str, Any]], known: dict[str, dict[str, Any]]) -> list[str]:
     """Slices of work that are not finished as it would make them, in each of these tables."""
-    manifests = [context.run.manifest(context.named(table)) for table in tables_]
     return [
         slice_
         for slice_, made in known.items()
